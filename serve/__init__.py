@@ -1,0 +1,1 @@
+"""Serving: constant-memory decoding engines. Knows spikelm; nothing in spikelm knows it."""

@@ -1,0 +1,1 @@
+"""Training: trainer, optimisers, schedules. Knows spikelm; nothing in spikelm knows it."""
