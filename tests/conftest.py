@@ -1,0 +1,59 @@
+"""Fixtures for every test: one thread, fixed seeds, memory that is never zero by luck, the data folder."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# More threads are slower on busy cores, and the sums of a matmul depend on how many there are.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where torch sees none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in every run and in every order of tests."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of data sets and small models named by SPIKELM_DATA; skips the test where it is not set."""
+    named = os.environ.get("SPIKELM_DATA")
+    if not named:
+        pytest.skip("SPIKELM_DATA is not set: no data folder (make test sets it where ../shared/data exists)")
+    folder = Path(named)
+    if not folder.is_dir():
+        pytest.fail(f"SPIKELM_DATA names {folder}, which is not a folder")
+    return folder
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill new memory (torch.empty and its kin) with NaN, so that reading what was never written shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
