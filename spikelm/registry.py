@@ -1,4 +1,4 @@
-"""Names of parts: neurons, mixers, channels, surrogates.
+"""Names of parts: neurons, mixers, channels.
 
 A part registers itself under the name that configurations use. Other packages add theirs through the entry
 point groups ``spikelm.neurons``, ``spikelm.mixers``, ``spikelm.channels`` and ``spikelm.surrogates``; they
@@ -65,4 +65,3 @@ class Registry(Generic[T]):
 neurons: Registry[type[Any]] = Registry("neuron", "spikelm.neurons")
 mixers: Registry[type[Any]] = Registry("mixer", "spikelm.mixers")
 channels: Registry[type[Any]] = Registry("channel", "spikelm.channels")
-surrogates: Registry[Callable[..., Any]] = Registry("surrogate", "spikelm.surrogate")

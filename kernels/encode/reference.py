@@ -1,0 +1,30 @@
+"""Adaptive spike encoding as the equations say it (SpikingBrain, arXiv 2509.05276, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+THRESHOLD_FLOOR = 1e-8
+"""Smallest threshold, so that an all-zero row gives zero counts."""
+
+
+def adaptive_encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, thresholds and what the cap cut off.
+
+    Args:
+        x: [.., D], float32 or float64.
+        k: V = mean|x| / k.
+        dead_zone: counts are zero where |x| < dead_zone * mean|x|.
+        cap: |count| <= cap.
+
+    Returns:
+        counts [.., D] (integers, in x's dtype), threshold V [.., 1], clipped bool [.., D].
+    """
+    magnitude = x.abs()
+    mean = magnitude.mean(-1, keepdim=True)
+    threshold = (mean / k).clamp(min=THRESHOLD_FLOOR)
+    counts = torch.round(x / threshold)
+    counts = torch.where(magnitude < dead_zone * mean, torch.zeros_like(counts), counts)
+    clipped = counts.abs() > cap
+    return counts.clamp(-cap, cap), threshold, clipped

@@ -1,0 +1,7 @@
+"""Channels: parts that mix the features of a token."""
+
+from __future__ import annotations
+
+from spikelm.channels import rwkv
+
+__all__ = ["rwkv"]

@@ -1,0 +1,93 @@
+"""Reading files that may be compressed: plain, .xz, .gz or .zst, with damage reported in one sentence.
+
+A leaf module (standard library and :mod:`spikelm.errors`), so that tokenizers and sources share it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from spikelm.errors import DataError
+
+COMPRESSED_SUFFIXES = (".xz", ".gz", ".zst")
+
+
+def plain_suffix(path: Path) -> str:
+    """Suffix of the content in lower case: ``.txt`` for both ``a.txt`` and ``a.TXT.xz``."""
+    name = path.name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return Path(name).suffix
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """Open ``path`` for reading its uncompressed bytes.
+
+    Raises:
+        DataError: the file is missing, unreadable, truncated or corrupted, or zstandard is not installed.
+    """
+    try:
+        with _opener(path) as stream:
+            yield stream
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}; give the path of an existing file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder where a file was expected") from error
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path} is truncated or corrupted ({error}); copy or download it again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Whole uncompressed content of ``path``; raises :class:`DataError` like :func:`open_bytes`."""
+    with open_bytes(path) as stream:
+        return stream.read()
+
+
+def decode_utf8(data: bytes, where: str, offset: int = 0) -> str:
+    """Decode UTF-8, naming the first bad byte.
+
+    Args:
+        data: the bytes.
+        where: what they are, for the message (a file, or a file and a line).
+        offset: position of ``data`` in the uncompressed file, added to the reported offset.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = data[error.start]
+        hint = "; the file looks like UTF-16" if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise DataError(
+            f"{where}: byte {offset + error.start} (0x{bad:02x}) is not valid UTF-8{hint}; convert it to UTF-8"
+        ) from error
+
+
+def _opener(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".xz":
+        return lzma.open(path, "rb")
+    if suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if suffix == ".zst":
+        return _open_zstandard(path)
+    return path.open("rb")
+
+
+def _open_zstandard(path: Path) -> IO[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(
+            f"{path} is compressed with zstandard, which is not installed; run `pip install zstandard`"
+        ) from error
+    if not path.exists():
+        raise FileNotFoundError(path)
+    return _ZstandardReader(zstandard.open(path, "rb"), zstandard.ZstdError)  # type: ignore[return-value]

@@ -1,0 +1,119 @@
+"""Counts spikes at every projection: what really entered the weights.
+
+A meter is handed to a model in its context; every projection reports its input once per call. Sums are kept
+on the device and read when :meth:`Meter.summary` is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ProjectionCount:
+    """Running sums of one projection's input."""
+
+    spiking: bool
+    in_features: int
+    out_features: int
+    tokens: Tensor
+    nonzero: Tensor
+    magnitude: Tensor
+    clipped: Tensor
+    fired: Tensor
+    """bool [in_features]: channels that fired at least once."""
+
+
+@dataclass
+class Meter:
+    """Spike statistics per projection.
+
+    Args:
+        raster: paths of projections whose counts [B, T, D] are kept whole (for plots).
+    """
+
+    raster: Collection[str] = ()
+    counts: dict[str, ProjectionCount] = field(default_factory=dict)
+    rasters: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def record(
+        self, path: str, x: Tensor, *, spiking: bool, out_features: int, valid: Tensor | None, cap: int | None
+    ) -> None:
+        """Add one call of a projection.
+
+        Args:
+            path: dotted name of the projection.
+            x: what is multiplied with the weights, [B, T, D] or [B, D]; integers if spiking.
+            spiking: whether x consists of spikes.
+            out_features: rows of the weight matrix.
+            valid: bool [B, T]; tokens that are not padding, or None.
+            cap: largest possible |count|, or None.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if valid is not None and x.dim() == 3:
+            rows = rows[valid.reshape(-1)]
+        nonzero = rows != 0
+        magnitude = rows.abs()
+        if path not in self.counts:
+            zero = torch.zeros((), dtype=torch.float64, device=x.device)
+            silent = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+            self.counts[path] = ProjectionCount(
+                spiking, x.shape[-1], out_features, *(zero.clone() for _ in range(4)), fired=silent
+            )
+        entry = self.counts[path]
+        entry.tokens += rows.shape[0]
+        entry.nonzero += nonzero.sum()
+        entry.magnitude += magnitude.sum(dtype=torch.float64)
+        if cap is not None:
+            entry.clipped += (magnitude >= cap).sum()
+        entry.fired |= nonzero.any(0)
+        if path in self.raster:
+            self.rasters.setdefault(path, []).append(x.detach().to("cpu", torch.float32))
+
+    def summary(self) -> dict[str, Any]:
+        """Shares and means.
+
+        Returns:
+            ``projections``: path -> {spiking, in_features, out_features, tokens, firing_rate (share of inputs
+            that are not zero), silent, mean_count (mean |x|), at_cap (share of inputs at the cap),
+            never_fired (share of channels)}; ``total``: firing_rate, silent and mean_count weighted by
+            multiply-accumulates, ``spiking_share`` (share of multiply-accumulates whose input is spikes) and
+            ``dense_macs`` per token.
+        """
+        projections: dict[str, dict[str, Any]] = {}
+        macs = silent = mean = spiking = 0.0
+        for path, entry in self.counts.items():
+            tokens = float(entry.tokens)
+            inputs = max(tokens * entry.in_features, 1.0)
+            rate = float(entry.nonzero) / inputs
+            projections[path] = {
+                "spiking": entry.spiking,
+                "in_features": entry.in_features,
+                "out_features": entry.out_features,
+                "tokens": int(tokens),
+                "firing_rate": rate,
+                "silent": 1.0 - rate,
+                "mean_count": float(entry.magnitude) / inputs,
+                "at_cap": float(entry.clipped) / inputs,
+                "never_fired": 1.0 - float(entry.fired.float().mean()),
+            }
+            weight = float(entry.in_features * entry.out_features)
+            macs += weight
+            silent += weight * (1.0 - rate)
+            if entry.spiking:
+                spiking += weight
+                mean += weight * projections[path]["mean_count"]
+        total = {
+            "firing_rate": 1.0 - silent / macs if macs else 0.0,
+            "silent": silent / macs if macs else 0.0,
+            "mean_count": mean / spiking if spiking else 0.0,
+            "spiking_share": spiking / macs if macs else 0.0,
+            "dense_macs": macs,
+        }
+        return {"total": total, "projections": projections}

@@ -1,0 +1,82 @@
+"""``adaptive``: integer spike counts in units of a threshold that follows the token's own magnitude.
+
+SpikingBrain (arXiv 2509.05276, section 3.3): V = mean|x| / k over the features of a token, count
+n = round(x / V). Two additions: a dead zone, counts are zero where |x| < dead_zone * mean|x| (most
+channels stay silent, those that fire keep a fine magnitude), and a cap, |n| <= cap (127: counts fit int8).
+Output n * V. Gradient: straight-through, d(n V)/dx = 1, zero where the cap bites.
+State: none. Deviation from the report: V has a tiny floor (1e-8) instead of the release's clamp to
+[1e-5, 1e4], so that small activations are not silenced by an absolute constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from spikelm.errors import ConfigError
+from spikelm.kernels.encode import adaptive_encode
+from spikelm.neurons.base import Neuron
+from spikelm.recurrence import Context, memory_dtype, zero_invalid
+from spikelm.registry import neurons
+from spikelm.state import State
+from spikelm.surrogate import spike
+
+
+@neurons.register("adaptive")
+class Adaptive(Neuron):
+    """Adaptive threshold to integer counts.
+
+    Args:
+        features: D.
+        k: counts that a channel of mean magnitude emits; V = mean|x| / k.
+        dead_zone: channels below this many mean magnitudes stay silent.
+        cap: largest |count|; at most 127, so that counts fit int8.
+        rate_target: see :class:`spikelm.neurons.base.RateTarget`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        k: float = 3.0,
+        dead_zone: float = 0.0,
+        cap: int = 127,
+        rate_target: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check the options."""
+        super().__init__(features, rate_target=rate_target)
+        if not k > 0:
+            raise ConfigError(f"adaptive k is {k}; expected a positive number")
+        if not dead_zone >= 0:
+            raise ConfigError(f"adaptive dead_zone is {dead_zone}; expected zero or more")
+        if not (isinstance(cap, int) and 1 <= cap <= 127):
+            raise ConfigError(f"adaptive cap is {cap!r}; expected a whole number from 1 to 127 (counts are int8)")
+        self.k, self.dead_zone, self.cap = float(k), float(dead_zone), cap
+
+    def encode(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor | None, State]:
+        """Integer counts [.., D] and the threshold [.., 1] that the product is to be scaled with."""
+        x = zero_invalid(x, ctx) if x.dim() == 3 else x
+        counts, threshold = adaptive_encode(x, k=self.k, dead_zone=self.dead_zone, cap=self.cap)
+        if x.dim() == 3:
+            self.add_rate_loss(x, counts, ctx)
+        return counts, threshold, state
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """n V with V = mean|x| / k, n = round(x / V) outside the dead zone, 0 inside."""
+        counts, threshold, state = self.encode(x, state, ctx)
+        return counts * threshold, state
+
+    def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """The step on all tokens at once: there is no state."""
+        return self.step(x, state, ctx)
+
+    def fired(self, x: Tensor, spikes: Tensor) -> Tensor:
+        """1.0 where a channel fired; the surrogate derivative is a triangle of width one mean magnitude."""
+        x = x.to(memory_dtype(x))
+        magnitude = x.abs()
+        mean = magnitude.mean(-1, keepdim=True).clamp(min=1e-8).detach()
+        quiet = max(self.dead_zone, 0.5 / self.k)
+        soft = spike(magnitude / mean - quiet, "triangle", 1.0)
+        return soft + ((spikes != 0).to(soft.dtype) - soft).detach()

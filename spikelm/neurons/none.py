@@ -1,0 +1,31 @@
+"""``none``: no neuron. What a model's continuous twin has in place of every neuron."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from spikelm.neurons.base import Neuron
+from spikelm.recurrence import Context, zero_invalid
+from spikelm.registry import neurons
+from spikelm.state import State
+
+
+@neurons.register("none")
+class Identity(Neuron):
+    """y = x."""
+
+    spiking: ClassVar[bool] = False
+
+    def __init__(self, features: int) -> None:
+        """No options: there is no firing rate to aim at."""
+        super().__init__(features)
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """x [B, D] -> x."""  # noqa: D403
+        return x, state
+
+    def fast(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """x [B, T, D] -> x, zero where invalid."""  # noqa: D403
+        return zero_invalid(x, ctx), state

@@ -1,0 +1,82 @@
+"""The only place where activations meet weights.
+
+A projection is an input neuron followed by a matrix product. With an integer neuron the product is taken of
+the counts themselves and scaled by the threshold afterwards, y = V * (n W^T): what reaches the weights are
+integers, exact in bfloat16 and int8. The weights are a plain ``nn.Linear`` child, so that tensor-parallel,
+quantisation and LoRA tools find and wrap it, and see spikes as its input.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from spikelm.neurons.base import Neuron
+from spikelm.recurrence import Context, Part, zero_invalid
+from spikelm.state import State
+
+
+class Projection(Part):
+    """y = scale * linear(spikes) + bias with (spikes, scale) = neuron(x).
+
+    Args:
+        in_features: D.
+        out_features: D'.
+        neuron: input neuron; its state is the projection's state.
+        bias: whether to add a bias (after the scale).
+    """
+
+    def __init__(self, in_features: int, out_features: int, neuron: Neuron, bias: bool = False) -> None:
+        """Weights are drawn by ``nn.Linear``; the model's initialisation replaces them."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.neuron = neuron
+        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def init_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_len: int | None = None,
+    ) -> State:
+        """The neuron's state."""
+        return self.neuron.init_state(batch, device, dtype, max_len)
+
+    def _product(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        spikes, scale, state = self.neuron.encode(x, state, ctx)
+        if ctx.meter is not None:
+            ctx.meter.record(
+                self.path,
+                spikes,
+                spiking=self.neuron.spiking,
+                out_features=self.out_features,
+                valid=ctx.valid,
+                cap=getattr(self.neuron, "cap", None),
+            )
+        y = cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
+        if scale is not None:
+            y = y * scale.to(y.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y, state
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """x [B, D] -> y [B, D']."""  # noqa: D403
+        return self._product(x, state, ctx)
+
+    def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """x [B, T, D] -> y [B, T, D'], zero where invalid."""  # noqa: D403
+        y, state = self._product(x, state, ctx)
+        return (zero_invalid(y, ctx) if self.bias is not None else y), state
+
+
+def _as_weights(x: Tensor, linear: nn.Module) -> Tensor:
+    """X in the dtype of the weights (autocast converts by itself)."""
+    weight = getattr(linear, "weight", None)
+    if weight is None or not weight.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
