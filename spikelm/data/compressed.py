@@ -6,12 +6,13 @@ A leaf module (standard library and :mod:`spikelm.errors`), so that tokenizers a
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from spikelm.errors import DataError
 
@@ -63,10 +64,10 @@ def decode_utf8(data: bytes, where: str, offset: int = 0) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        bad = data[error.start]
-        hint = "; the file looks like UTF-16" if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        utf16 = offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise DataError(
-            f"{where}: byte {offset + error.start} (0x{bad:02x}) is not valid UTF-8{hint}; convert it to UTF-8"
+            f"{where}: byte {offset + error.start} (0x{data[error.start]:02x}) is not valid UTF-8"
+            f"{' (it looks like UTF-16)' if utf16 else ''}; convert the file to UTF-8"
         ) from error
 
 
@@ -88,6 +89,43 @@ def _open_zstandard(path: Path) -> IO[bytes]:
         raise DataError(
             f"{path} is compressed with zstandard, which is not installed; run `pip install zstandard`"
         ) from error
-    if not path.exists():
-        raise FileNotFoundError(path)
-    return _ZstandardReader(zstandard.open(path, "rb"), zstandard.ZstdError)  # type: ignore[return-value]
+    raw = _ZstandardStream(path.open("rb"), zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
+    return io.BufferedReader(raw, buffer_size=1 << 18)
+
+
+class _ZstandardStream(io.RawIOBase):
+    """Raw stream over zstandard frames that reports a truncated frame (the library's own ends silently)."""
+
+    def __init__(self, file: IO[bytes], new_frame: Callable[[], Any], library_error: type[Exception]) -> None:
+        self._file, self._new_frame, self._library_error = file, new_frame, library_error
+        self._frame: Any = None
+        self._rest = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._rest or self._file.read(1 << 18)
+            self._rest = b""
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("the last zstandard frame is incomplete")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._ready = self._frame.decompress(compressed)
+            except self._library_error as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

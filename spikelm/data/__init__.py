@@ -1,0 +1,1 @@
+"""Text to token blocks: sources, the tokenised store and the order of samples."""
