@@ -1,0 +1,90 @@
+"""``spikelm inspect``: what a model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from spikelm.cli._common import JsonOption, console, human_bytes, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spikelm.inspection import Inspection, Layer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, preset of configs/models, or .yaml file.")],
+    json: JsonOption = None,
+) -> None:
+    """Show a model's parameters, state and parts, without loading its weights.
+
+    Example: spikelm inspect spikegpt-216m-sd --json model.json
+    """
+    from spikelm.inspection import inspect_model
+
+    inspection = inspect_model(model)
+    if str(json) != "-":
+        _show(inspection, console())
+    write_json(json, inspection.to_dict())
+
+
+def _show(inspection: Inspection, out: Console) -> None:
+    config = inspection.config
+    shape = (
+        f"{config.num_hidden_layers} blocks of {config.hidden_size} features, {config.vocab_size:,} tokens"
+    )
+    out.print(Text.assemble((inspection.name, "bold"), f": {inspection.parameters:,} parameters, {shape}"))
+    table = _table("parameters", "number", "share")
+    for kind, count in inspection.parameters_by_kind.items():
+        table.add_row(kind, f"{count:,}", f"{count / inspection.parameters:.1%}")
+    out.print(table)
+    growth = inspection.growth_bytes
+    ending = f"and {human_bytes(growth)} more for every token" if growth else "the same after every token"
+    out.print(f"State of one sequence: {human_bytes(inspection.state_bytes)} (float32), {ending}")
+    table = _table("state", "bytes")
+    for kind, count in inspection.state_bytes_by_kind.items():
+        table.add_row(kind, f"{count:,}")
+    out.print(table)
+    out.print(f"Neurons (placement: {config.placement})")
+    table = _table("place", "neuron")
+    for place, neuron in inspection.neurons.items():
+        table.add_row(Text(place), Text(neuron))
+    out.print(table)
+    out.print("Blocks")
+    out.print(_layers(inspection.layers))
+    if inspection.weights is not None:
+        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in inspection.weights["dtypes"].items())
+        out.print(f"Weights: {human_bytes(inspection.weights['bytes'])} on disk, {dtypes}")
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    for head in heads:
+        numeric = head in {"number", "share", "bytes"}
+        table.add_column(head, justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
+def _layers(layers: Sequence[Layer]) -> Table:
+    """One row for every run of equal blocks, and below it their projections."""
+    table = _table("block", "part", "what", "number", "bytes")
+    table.columns[3].header, table.columns[4].header = "parameters", "state bytes"
+    for _, run in groupby(layers, key=lambda layer: replace(layer, index=0)):
+        alike = list(run)
+        first, last = alike[0], alike[-1]
+        span = str(first.index) if first is last else f"{first.index} to {last.index}"
+        each = " each" if first is not last else ""
+        table.add_row(
+            span, "mixer", Text(first.mixer), f"{first.parameters:,}{each}", f"{first.state_bytes:,}{each}"
+        )
+        table.add_row("", "channel", Text(first.channel), "", "")
+        for path, what in first.projections.items():
+            table.add_row("", Text(f"  {path}"), Text(what), "", "")
+    return table
