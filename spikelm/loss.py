@@ -73,7 +73,9 @@ class _L2Wrap(torch.autograd.Function):
         return grad, pull.new_zeros(ctx.shape).scatter_(-1, where, pull * grad), None, None
 
 
-def token_nats(logits: Tensor, targets: Tensor, *, l2wrap: float = 0.0, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def token_nats(
+    logits: Tensor, targets: Tensor, *, l2wrap: float = 0.0, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """Cross-entropy summed over the counted tokens, scalar, in fp32 (fp64 for fp64 logits).
 
     Args:

@@ -65,11 +65,11 @@ class Projection(Part):
         return y, state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """x [B, D] -> y [B, D']."""  # noqa: D403
+        """One token: x [B, D] -> y [B, D']."""
         return self._product(x, state, ctx)
 
     def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """x [B, T, D] -> y [B, T, D'], zero where invalid."""  # noqa: D403
+        """T tokens: x [B, T, D] -> y [B, T, D'], zero where invalid."""
         y, state = self._product(x, state, ctx)
         return (zero_invalid(y, ctx) if self.bias is not None else y), state
 

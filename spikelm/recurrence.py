@@ -1,4 +1,4 @@
-"""The contract of every part: a state, one step that is the specification, and a fast path over a sequence."""
+"""The contract of every part: a state, one step that is the specification, a fast path over a sequence."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def memory_dtype(x: Tensor) -> torch.dtype:
 
 
 def zero_invalid(y: Tensor, ctx: Context) -> Tensor:
-    """y [B, T, D] with zeros where ``ctx.valid`` is false."""
+    """Activations y [B, T, D] with zeros where ``ctx.valid`` is false."""
     if ctx.valid is None:
         return y
     return torch.where(ctx.valid[..., None], y, y.new_zeros(()))

@@ -69,7 +69,9 @@ def unflatten(flat: dict[str, Tensor], like: State) -> State:
     expected = flatten(like)
     missing, extra = sorted(expected.keys() - flat.keys()), sorted(flat.keys() - expected.keys())
     if missing or extra:
-        raise StateError(f"the state does not fit the model: missing {missing or 'none'}, unknown {extra or 'none'}")
+        raise StateError(
+            f"the state does not fit the model: missing {missing or 'none'}, unknown {extra or 'none'}"
+        )
     for name, value in expected.items():
         got = flat[name]
         if got.shape != value.shape or got.dtype != value.dtype:

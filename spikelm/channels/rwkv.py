@@ -33,7 +33,9 @@ class RWKVChannel(Part):
         D = build.hidden_size
         hidden = int(D * expand)
         if hidden < 1:
-            raise ConfigError(f"channel rwkv: expand {expand} of {D} features leaves none; choose a larger one")
+            raise ConfigError(
+                f"channel rwkv: expand {expand} of {D} features leaves none; choose a larger one"
+            )
         self.hidden_size = D
         self.depth_left = 1.0 - build.layer / build.num_layers
         self.mix_k = nn.Parameter(torch.ones(D))

@@ -26,15 +26,15 @@ BLOCK = (
     ("att.time_mix_k", "mixer.mix_k", "D"),
     ("att.time_mix_v", "mixer.mix_v", "D"),
     ("att.time_mix_r", "mixer.mix_r", "D"),
-    ("att.key.weight", "mixer.key.weight", "DD"),
-    ("att.value.weight", "mixer.value.weight", "DD"),
-    ("att.receptance.weight", "mixer.receptance.weight", "DD"),
-    ("att.output.weight", "mixer.output.weight", "DD"),
+    ("att.key.weight", "mixer.key.linear.weight", "DD"),
+    ("att.value.weight", "mixer.value.linear.weight", "DD"),
+    ("att.receptance.weight", "mixer.receptance.linear.weight", "DD"),
+    ("att.output.weight", "mixer.output.linear.weight", "DD"),
     ("ffn.time_mix_k", "channel.mix_k", "D"),
     ("ffn.time_mix_r", "channel.mix_r", "D"),
-    ("ffn.key.weight", "channel.key.weight", "FD"),
-    ("ffn.receptance.weight", "channel.receptance.weight", "DD"),
-    ("ffn.value.weight", "channel.value.weight", "DF"),
+    ("ffn.key.weight", "channel.key.linear.weight", "FD"),
+    ("ffn.receptance.weight", "channel.receptance.linear.weight", "DD"),
+    ("ffn.value.weight", "channel.value.linear.weight", "DF"),
 )
 OUTER = (
     ("emb.weight", "embedding.weight", "VD"),
@@ -42,7 +42,7 @@ OUTER = (
     ("blocks.0.ln0.bias", "embedding_norm.bias", "D"),
     ("ln_out.weight", "norm.weight", "D"),
     ("ln_out.bias", "norm.bias", "D"),
-    ("head.weight", "head.weight", "VD"),
+    ("head.weight", "head.linear.weight", "VD"),
 )
 
 

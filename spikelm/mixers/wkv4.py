@@ -95,7 +95,13 @@ class WKV4(Part):
         previous, shift = token_shift(x, cast(Tensor, state["shift"]), ctx)
         k, v, r, new = self._project(x, previous, state, ctx)
         y, new["wkv"] = wkv4(
-            self.time_decay, self.time_first, k, v, cast(Tensor, state["wkv"]), reset=ctx.reset, valid=ctx.valid
+            self.time_decay,
+            self.time_first,
+            k,
+            v,
+            cast(Tensor, state["wkv"]),
+            reset=ctx.reset,
+            valid=ctx.valid,
         )
         new["shift"] = shift
         out, new["output"] = self.output(torch.sigmoid(r) * y, state["output"], ctx)

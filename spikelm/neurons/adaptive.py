@@ -52,7 +52,9 @@ class Adaptive(Neuron):
         if not dead_zone >= 0:
             raise ConfigError(f"adaptive dead_zone is {dead_zone}; expected zero or more")
         if not (isinstance(cap, int) and 1 <= cap <= 127):
-            raise ConfigError(f"adaptive cap is {cap!r}; expected a whole number from 1 to 127 (counts are int8)")
+            raise ConfigError(
+                f"adaptive cap is {cap!r}; expected a whole number from 1 to 127 (counts are int8)"
+            )
         self.k, self.dead_zone, self.cap = float(k), float(dead_zone), cap
 
     def encode(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor | None, State]:
@@ -64,7 +66,7 @@ class Adaptive(Neuron):
         return counts, threshold, state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """n V with V = mean|x| / k, n = round(x / V) outside the dead zone, 0 inside."""
+        """N V with V = mean|x| / k, n = round(x / V) outside the dead zone, 0 inside."""
         counts, threshold, state = self.encode(x, state, ctx)
         return counts * threshold, state
 

@@ -48,7 +48,7 @@ class Heaviside(Neuron):
         self.gain = None if gain is None else Gain(features, gain)
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """s = [gain * x >= threshold], [B, D]."""
+        """S = [gain * x >= threshold], [B, D]."""
         h = x.to(memory_dtype(x)) if self.gain is None else self.gain(x)
         return spike(h - self.threshold, self.surrogate, self.alpha), state
 

@@ -99,10 +99,8 @@ class IntegrateAndFire(Neuron):
         x = self._drive(x)
         v = cast(Tensor, state["membrane"]).to(x.dtype)
         leak = self.leak(x)
-        if self.decay_input:
-            h = v + (x - (v - self.v_reset)) * leak
-        else:
-            h = v - (v - self.v_reset) * leak + x
+        rest = v - self.v_reset
+        h = v + (x - rest) * leak if self.decay_input else v - rest * leak + x
         s = spike(h - self.threshold, self.surrogate, self.alpha)
         fired = s.detach() if self.detach_reset else s
         v = h - self.threshold * fired if self.soft_reset else h * (1 - fired) + self.v_reset * fired

@@ -23,9 +23,9 @@ class Identity(Neuron):
         super().__init__(features)
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """x [B, D] -> x."""  # noqa: D403
+        """The input as it is, [B, D]."""
         return x, state
 
     def fast(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """x [B, T, D] -> x, zero where invalid."""  # noqa: D403
+        """The input [B, T, D], zero where invalid."""
         return zero_invalid(x, ctx), state

@@ -1,0 +1,184 @@
+"""Plain C compiled once with the system compiler for this processor, kept in a user cache.
+
+The compiler is ``$CC`` or else the first of cc, gcc and clang on the path. Shared libraries lie in
+``$SPIKELM_CACHE``, or else ``spikelm/kernels`` under ``$XDG_CACHE_HOME`` (``~/.cache``). A library's name holds
+a hash of its sources, the compiler's version, the flags and the processor's features, so that nothing is ever
+rebuilt in place: a new library is written beside the cache entry and renamed, which is safe between processes.
+
+Floating point is never reassociated or contracted (no -ffast-math): a vector lane and a scalar remainder give
+the same bits, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from spikelm.errors import KernelError
+
+CANDIDATES = ("cc", "gcc", "clang")
+BASE_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+# Tried in this order; compilers without OpenMP (Apple's) or without -march=native still give a library.
+TARGET_FLAGS = (
+    ("-march=native", "-fopenmp"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-march=native",),
+    ("-mcpu=native",),
+    (),
+)
+TIMEOUT_S = 300
+ENVIRONMENT = ("CC", "PATH", "SPIKELM_CACHE", "XDG_CACHE_HOME", "HOME")
+
+
+def compiler_command() -> list[str]:
+    """Command of the C compiler, for example ``["/usr/bin/cc"]``.
+
+    Raises:
+        KernelError: there is none, or ``$CC`` names a program that does not exist.
+    """
+    return list(_find_compiler(os.environ.get("CC", ""), os.environ.get("PATH", "")))
+
+
+def compiler_version() -> str:
+    """First line of the compiler's own description.
+
+    Raises:
+        KernelError: there is no compiler.
+    """
+    return _version(tuple(compiler_command())).partition("\n")[0]
+
+
+def cache_folder() -> Path:
+    """Folder that holds the compiled libraries (it need not exist yet)."""
+    chosen = os.environ.get("SPIKELM_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "spikelm" / "kernels"
+
+
+def load(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
+    """Shared library of one C file, compiled if the cache lacks it.
+
+    Args:
+        source: the C file; headers beside it and one folder above belong to the key.
+        defines: preprocessor names to define, for example ``["SPIKELM_DOUBLE"]``.
+
+    Raises:
+        KernelError: no compiler, a compiler that fails, or a cache that cannot be written.
+    """
+    # The environment is part of the key of what is remembered: a changed CC or cache is seen.
+    environment = tuple(os.environ.get(name, "") for name in ENVIRONMENT)
+    loaded = _load(source, tuple(defines), environment)
+    if isinstance(loaded, str):
+        raise KernelError(loaded)
+    return loaded
+
+
+@lru_cache(maxsize=None)
+def _find_compiler(cc: str, path: str) -> tuple[str, ...]:
+    if cc:
+        words = shlex.split(cc)
+        found = shutil.which(words[0], path=path) if words else None
+        if found is None:
+            raise KernelError(f"CC={cc!r} names no program; point CC at a C compiler or unset it")
+        return (found, *words[1:])
+    for name in CANDIDATES:
+        found = shutil.which(name, path=path)
+        if found is not None:
+            return (found,)
+    raise KernelError(f"no C compiler ({', '.join(CANDIDATES)}) on the path; install gcc or clang, or set CC")
+
+
+@lru_cache(maxsize=None)
+def _version(command: tuple[str, ...]) -> str:
+    return _run([*command, "--version"])
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """Features of this processor: two machines that share a home folder must not share libraries."""
+    cpuinfo = Path("/proc/cpuinfo")
+    wanted = ("flags", "Features", "model name", "isa", "CPU part")
+    lines: list[str] = []
+    if cpuinfo.is_file():
+        first = cpuinfo.read_text(errors="replace").partition("\n\n")[0]
+        lines = [line for line in first.splitlines() if line.startswith(wanted)]
+    return "\n".join([platform.system(), platform.machine(), platform.processor(), *lines])
+
+
+@lru_cache(maxsize=None)
+def _load(source: Path, defines: tuple[str, ...], environment: tuple[str, ...]) -> ctypes.CDLL | str:
+    """The library, or the reason why there is none (a failure is not tried again in this process)."""
+    try:
+        command = compiler_command()
+        cache = cache_folder()
+        problem = "unknown"
+        for target in TARGET_FLAGS:
+            flags = (*BASE_FLAGS, *target, *(f"-D{name}" for name in defines))
+            library = cache / f"{source.parent.name}-{_key(source, command, flags)}.so"
+            try:
+                return _open(library, source, [*command, *flags])
+            except KernelError as error:
+                problem = str(error)
+        return problem
+    except (KernelError, OSError) as error:
+        return str(error) if isinstance(error, KernelError) else f"the C compiler could not be used: {error}"
+
+
+def _key(source: Path, command: list[str], flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    texts = [source, *sorted(source.parent.glob("*.h")), *sorted(source.parent.parent.glob("*.h"))]
+    for part in (*(text.read_text() for text in texts), *command, _version(tuple(command)), *flags, _processor()):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _open(library: Path, source: Path, compile_command: list[str]) -> ctypes.CDLL:
+    if library.is_file():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            # Cut short by a full disk, or built against another C library: build it again.
+            library.unlink(missing_ok=True)
+    _build(library, source, compile_command)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelError(f"the compiled kernel {library} does not load: {error}") from error
+
+
+def _build(library: Path, source: Path, compile_command: list[str]) -> None:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-")
+    except OSError as error:
+        raise KernelError(
+            f"the kernel cache {library.parent} cannot be written ({error.strerror}); "
+            "set SPIKELM_CACHE to a folder you own"
+        ) from error
+    with folder as name:
+        fresh = Path(name) / library.name
+        _run([*compile_command, str(source), "-o", str(fresh), "-lm"])
+        os.replace(fresh, library)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelError(f"{command[0]} could not be run: {error}") from error
+    if done.returncode != 0:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        raise KernelError(f"{command[0]} failed with exit code {done.returncode}: {first[:300]}")
+    return done.stdout

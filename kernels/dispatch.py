@@ -1,0 +1,150 @@
+"""The one place that chooses which back-end runs a kernel op.
+
+Back-ends:
+    reference: a loop like the paper's equation, torch, any dtype and device; slow, the specification.
+    torch: the fastest form in plain torch, any device, no compiler needed.
+    c: plain C for CPUs, compiled once (see compile.py).
+    triton: GPU kernels. No op has one yet.
+    auto: ``c`` for CPU tensors where a compiler is found, else ``torch``.
+
+The choice is ``with use_backend("reference")`` if given, else the environment variable SPIKELM_KERNELS, else
+auto. An explicit choice that is unavailable raises :class:`KernelError`; it is never silently replaced. Auto
+logs its choice once per op, and warns once when the C kernels are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from spikelm.errors import KernelError, nearest
+from spikelm.kernels import compile as compiler
+
+AUTO = "auto"
+BACKENDS = ("reference", "torch", "c", "triton")
+ENVIRONMENT = "SPIKELM_KERNELS"
+
+# op -> back-ends that exist for it
+OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lif": ("reference", "torch", "c"),
+        "wkv4": ("reference", "torch", "c"),
+    }
+)
+
+logger = logging.getLogger(__name__)
+_chosen: ContextVar[str | None] = ContextVar("spikelm_kernel_backend", default=None)
+
+
+def backend() -> str:
+    """Name of the back-end asked for: auto, reference, torch, c or triton.
+
+    Raises:
+        KernelError: SPIKELM_KERNELS holds another name.
+    """
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    return _known(os.environ.get(ENVIRONMENT) or AUTO)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op runs on this back-end (in this thread or task only).
+
+    Args:
+        name: auto, reference, torch, c or triton.
+
+    Raises:
+        KernelError: the name is unknown. An op that lacks the back-end raises when it is called.
+    """
+    token = _chosen.set(_known(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(op: str, device: torch.device) -> str:
+    """Back-end that runs ``op`` on tensors of ``device``: reference, torch or c.
+
+    Raises:
+        KernelError: the op is unknown, or the back-end asked for is not available.
+    """
+    if op not in OPS:
+        raise KernelError(nearest("kernel op", op, OPS))
+    wanted = backend()
+    if wanted == AUTO:
+        return _automatic(op, device.type)
+    problem = _problem(op, wanted, device.type)
+    if problem is not None:
+        raise KernelError(f"{op} on {device.type} cannot use the {wanted!r} back-end: {problem}")
+    return wanted
+
+
+def available() -> dict[str, dict[str, bool | str]]:
+    """For every op and back-end True, or the sentence that says why it is not available.
+
+    Compiles the C kernels that are not in the cache yet.
+    """
+    table: dict[str, dict[str, bool | str]] = {}
+    for op in OPS:
+        problems = {name: _problem(op, name, "cpu" if name != "triton" else "cuda") for name in BACKENDS}
+        table[op] = {name: True if problem is None else problem for name, problem in problems.items()}
+    return table
+
+
+@lru_cache(maxsize=None)
+def c_source(op: str) -> Path:
+    """Path of an op's C file."""
+    return Path(__file__).parent / op / "op.c"
+
+
+def _known(name: str) -> str:
+    if name != AUTO and name not in BACKENDS:
+        raise KernelError(nearest("kernel back-end", name, (AUTO, *BACKENDS)))
+    return name
+
+
+def _automatic(op: str, device_type: str) -> str:
+    if device_type != "cpu":
+        chosen, reason = "torch", f"no {device_type} kernel of it exists yet"
+    else:
+        problem = _problem(op, "c", device_type)
+        if problem is not None:
+            _warn_slow(problem)
+        chosen, reason = ("c", "compiled for this CPU") if problem is None else ("torch", problem)
+    _announce(op, device_type, chosen, reason)
+    return chosen
+
+
+def _problem(op: str, name: str, device_type: str) -> str | None:
+    """Why this back-end cannot run the op on this type of device, or None."""
+    if name not in OPS[op]:
+        return f"there is no {name} version of {op} yet; use auto"
+    if name == "c":
+        if device_type != "cpu":
+            return f"C kernels run on CPU tensors, these are on {device_type}; use auto"
+        try:
+            compiler.load(c_source(op))
+        except KernelError as error:
+            return str(error)
+    return None
+
+
+@lru_cache(maxsize=None)
+def _announce(op: str, device_type: str, chosen: str, reason: str) -> None:
+    logger.info("kernel %s on %s: %s (%s)", op, device_type, chosen, reason)
+
+
+@lru_cache(maxsize=None)
+def _warn_slow(problem: str) -> None:
+    logger.warning("no C kernels, slower torch forms are used: %s", problem)

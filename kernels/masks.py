@@ -1,0 +1,24 @@
+"""Checks of the two masks every recurrent op takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikelm.errors import ShapeError
+
+
+def check_masks(x: Tensor, reset: Tensor | None, valid: Tensor | None) -> None:
+    """Refuses masks that are not bool [B, T] on the device of x [B, T, C].
+
+    Raises:
+        ShapeError: naming the mask, what it is and what it should be.
+    """
+    for name, mask in (("reset", reset), ("valid", valid)):
+        if mask is None:
+            continue
+        if mask.shape != x.shape[:2] or mask.dtype != torch.bool or mask.device != x.device:
+            raise ShapeError(
+                f"{name} must be bool {list(x.shape[:2])} on {x.device}, "
+                f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
+            )

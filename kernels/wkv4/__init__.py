@@ -1,0 +1,81 @@
+"""The wkv recurrence of RWKV-4: an exponentially decayed, key-weighted mean of values per channel.
+
+Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations, masks and the
+scaled state are written in reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048,
+equations 13-14; used by SpikeGPT, https://arxiv.org/abs/2302.13939.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from spikelm.errors import ShapeError
+from spikelm.kernels.dispatch import choose
+from spikelm.kernels.masks import check_masks
+from spikelm.kernels.wkv4 import autograd, chunked, reference
+from spikelm.kernels.wkv4.reference import initial_state
+
+__all__ = ["initial_state", "wkv4"]
+
+_Form = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
+]
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.wkv4, "torch": chunked.wkv4, "c": autograd.wkv4}
+)
+
+
+def wkv4(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-4's wkv over T tokens, from a state to a state.
+
+    Token t: y_t = (A + exp(u + k_t) v_t) / (B + exp(u + k_t)); then A <- exp(-exp(w)) A + exp(k_t) v_t and
+    B <- exp(-exp(w)) B + exp(k_t). The result does not depend on where a sequence is split.
+
+    Args:
+        w: log of the decay rate [C]; a step multiplies by exp(-exp(w)).
+        u: bonus of the current token [C].
+        k: keys [B, T, C], any floating dtype; safe for any finite value.
+        v: values [B, T, C].
+        state: (num, den, max) [B, 3, C], A = num exp(max), B = den exp(max); see :func:`initial_state`.
+        reset: bool [B, T]; where true the state is emptied before the token.
+        valid: bool [B, T]; where false the state stays (after a reset, if any) and y is 0.
+
+    Returns:
+        y [B, T, C] in v's dtype, and the state [B, 3, C] in float32 (float64 where k or v is float64).
+        Gradients reach w, u, k, v and the incoming num and den, from y and the returned num and den; max is a
+        scale and has none.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit.
+        KernelError: a back-end that was asked for and is not available.
+    """
+    _check(w, u, k, v, state)
+    check_masks(k, reset, valid)
+    form = _FORMS[choose("wkv4", k.device)]
+    dtype = torch.float64 if torch.float64 in (k.dtype, v.dtype) else torch.float32
+    decay = -torch.exp(w.to(dtype))
+    y, last = form(decay, u.to(dtype), k.to(dtype), v.to(dtype), state.to(dtype), reset, valid)
+    return y.to(v.dtype), last
+
+
+def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> None:
+    if k.dim() != 3 or not k.is_floating_point():
+        raise ShapeError(f"wkv4 needs floating k [B, T, C], got {k.dtype} {list(k.shape)}")
+    batch, _, channels = k.shape
+    if v.shape != k.shape:
+        raise ShapeError(f"wkv4 needs v of k's shape {list(k.shape)}, got {list(v.shape)}")
+    for name, x, shape in (("w", w, (channels,)), ("u", u, (channels,)), ("state", state, (batch, 3, channels))):
+        if x.shape != shape:
+            raise ShapeError(f"wkv4 needs {name} {list(shape)} for k {list(k.shape)}, got {list(x.shape)}")

@@ -1,0 +1,254 @@
+"""Checkpoint folders in the Hugging Face layout: config.json, model.safetensors, tokenizer.json.
+
+Written whole or not at all (a temporary folder beside it, synced, then renamed). Weights are read from
+safetensors only; nothing in a folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spikelm.config import FORMAT_VERSION, ModelConfig
+from spikelm.errors import CheckpointError, nearest
+from spikelm.model import SpikeLM
+
+if TYPE_CHECKING:
+    from spikelm.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PREFIX = "model."
+"""What transformers puts before the core's parameter names."""
+
+_STANDARD_KEYS = frozenset(
+    {  # fmt: skip
+        "architectures",
+        "model_type",
+        "format_version",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "auto_map",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "_name_or_path",
+        "name_or_path",
+        "quantization_config",
+    }
+)
+"""Keys of config.json that belong to transformers."""
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Content of config.json."""
+    return {
+        "model_type": "spikelm",
+        "architectures": ["SpikeLMForCausalLM"],
+        "format_version": FORMAT_VERSION,
+        "dtype": str(dtype).removeprefix("torch."),
+        **config.to_dict(),
+    }
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The model configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no folder, no config.json, another model type or a newer format.
+        ConfigError: an unknown key or a bad value.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG}; expected a checkpoint folder (spikelm train writes one)"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is not JSON ({error}); the checkpoint is damaged, restore the file"
+        ) from error
+    if not isinstance(values, dict) or values.get("model_type") != "spikelm":
+        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise CheckpointError(
+            f"{path} has model_type {kind!r}, expected 'spikelm'; spikelm convert reads other models"
+        )
+    version = values.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}; upgrade spikelm"
+        )
+    known = [f.name for f in fields(ModelConfig)]
+    for key in values:
+        if key not in known and key not in _STANDARD_KEYS:
+            raise CheckpointError(f"{path}: {nearest('model configuration key', key, known)}")
+    return ModelConfig.from_dict({key: value for key, value in values.items() if key in known})
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: SpikeLM,
+    tokenizer: Tokenizer | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write a checkpoint folder whole, replacing an older one.
+
+    Args:
+        folder: where to.
+        model: its weights are written in their own dtype.
+        tokenizer: written beside, if given.
+        extra: more files, name -> content.
+
+    Raises:
+        CheckpointError: if the disk refuses (full, read-only); an older folder is then left as it was.
+    """
+    target = Path(folder)
+    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    weights = {PREFIX + name: value.contiguous() for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop(f"{PREFIX}head.linear.weight", None)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        content = config_json(model.config, model.embedding.weight.dtype)
+        (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        for name, data in (extra or {}).items():
+            (temporary / name).write_bytes(data)
+        sync_folder(temporary)
+        replace_folder(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write the checkpoint {target}: {error}; free space or choose another folder"
+        ) from error
+    return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder, then the folder, to the disk."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename ``new`` to ``target``, moving an existing ``target`` out of the way first."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under the core's names (one file, or sharded with an index).
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    root = Path(folder)
+    files = [WEIGHTS]
+    if not (root / WEIGHTS).is_file() and (root / WEIGHTS_INDEX).is_file():
+        index = json.loads((root / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        files = sorted({Path(name).name for name in index["weight_map"].values()})
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        if not (root / name).is_file():
+            raise CheckpointError(
+                f"{root} holds no {name}; expected weights as safetensors (others: spikelm convert)"
+            )
+        try:
+            weights.update(load_file(root / name))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{root / name} is damaged ({error}); restore it from a copy") from error
+    return {name.removeprefix(PREFIX): value for name, value in weights.items()}
+
+
+def load_model(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> SpikeLM:
+    """The model of a checkpoint folder, in evaluation mode.
+
+    Args:
+        folder: checkpoint folder.
+        device: where to.
+        dtype: of the weights; None keeps what is stored. Decays and neuron parameters stay float32 in a
+            lower precision.
+
+    Raises:
+        CheckpointError: missing, left-over or misshapen weights, damaged files.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = SpikeLM(config)
+    weights = read_weights(folder)
+    if config.tie_word_embeddings and "embedding.weight" in weights:
+        weights["head.linear.weight"] = weights["embedding.weight"]
+    check_weights(model, weights, str(folder))
+    kept = model.fp32_parameters()
+    for name, value in weights.items():
+        wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        if name in kept and wanted in (torch.bfloat16, torch.float16):
+            wanted = torch.float32
+        weights[name] = value.to(device=device, dtype=wanted)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def check_weights(model: SpikeLM, weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that do not fit a model, naming the first tensor at fault.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or has another shape.
+    """
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing:
+        raise CheckpointError(
+            f"{source}: {missing[0]!r} is missing ({len(missing)} in all); the checkpoint is incomplete"
+        )
+    if unknown:
+        raise CheckpointError(f"{source}: {unknown[0]!r} is not part of this model ({len(unknown)} in all)")
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise CheckpointError(
+                f"{source}: {name!r} is {tuple(weights[name].shape)}, "
+                f"the configuration expects {tuple(value.shape)}"
+            )
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder."""
+    from spikelm.tokenizer import Tokenizer
+
+    return Tokenizer.load(folder)

@@ -1,0 +1,167 @@
+"""The configuration of a model: one flat frozen value, with parts named per layer.
+
+Standard library only, so that a model can be described and built with torch alone; YAML is read lazily.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from spikelm.errors import ConfigError, nearest
+
+FORMAT_VERSION = 1
+Spec = Mapping[str, Any]
+"""A named part with its options, for example {"name": "lif", "tau": 2.0}."""
+
+NO_NEURON: Spec = {"name": "none"}
+
+
+def _default_layers() -> tuple[Mapping[str, Spec], ...]:
+    return ({"mixer": {"name": "wkv4"}, "channel": {"name": "rwkv"}},)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything needed to build a model.
+
+    Args:
+        vocab_size: tokens.
+        hidden_size: D.
+        num_hidden_layers: blocks.
+        layers: pattern of {"mixer": spec, "channel": spec}, repeated until all blocks have one.
+        placement: ``before``: the neuron stands before every projection of the blocks (spike-driven);
+            ``after``: it stands on the output of every mixer and channel (SpikeGPT as published).
+        neuron: the neuron of that placement.
+        neuron_overrides: path pattern -> neuron, for input neurons of single projections, for example
+            {"blocks.*.channel.value": {"name": "adaptive", "k": 1.0}}; the first match counts.
+        embedding_neuron: neuron on the embedding (``heaviside``: binary embedding; ``none``: dense).
+        head_neuron: input neuron of the head.
+        tie_word_embeddings: whether the head shares the embedding's weights.
+        layer_norm_epsilon: of every LayerNorm.
+        dropout: share of features dropped after every block in training.
+        bos_token_id: first token of a text, or None.
+        eos_token_id: end of a text, or None.
+        pad_token_id: padding, or None.
+    """
+
+    vocab_size: int = 256
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    layers: tuple[Mapping[str, Spec], ...] = field(default_factory=_default_layers)
+    placement: str = "before"
+    neuron: Spec = field(default_factory=lambda: {"name": "adaptive", "k": 3.0, "dead_zone": 1.4})
+    neuron_overrides: Mapping[str, Spec] = field(default_factory=dict)
+    embedding_neuron: Spec = field(default_factory=lambda: dict(NO_NEURON))
+    head_neuron: Spec = field(default_factory=lambda: dict(NO_NEURON))
+    tie_word_embeddings: bool = False
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: naming the field, what was got and what was expected.
+        """
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and 0 <= value < self.vocab_size):
+                raise ConfigError(
+                    f"{name} is {value!r}; expected a token of the vocabulary (0 to {self.vocab_size - 1})"
+                )
+        if self.placement not in ("before", "after"):
+            raise ConfigError(f"placement is {self.placement!r}; expected 'before' or 'after'")
+        for name, low, high in (("layer_norm_epsilon", 0.0, 1.0), ("dropout", 0.0, 0.999)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ConfigError(f"{name} is {value!r}; expected a number from {low} to {high}")
+        if not isinstance(self.layers, (list, tuple)) or not self.layers:
+            raise ConfigError(f"layers is {self.layers!r}; expected a list of {{mixer: ..., channel: ...}}")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for layer in self.layers:
+            if not isinstance(layer, Mapping) or set(layer) != {"mixer", "channel"}:
+                raise ConfigError(f"a layer is {layer!r}; expected exactly the keys mixer and channel")
+        for name in ("neuron", "embedding_neuron", "head_neuron"):
+            _check_spec(name, getattr(self, name))
+        for layer in self.layers:
+            for name, spec in layer.items():
+                _check_spec(name, spec)
+        for name, spec in self.neuron_overrides.items():
+            _check_spec(f"neuron_overrides[{name!r}]", spec)
+
+    def layer(self, index: int) -> Mapping[str, Spec]:
+        """Mixer and channel of block ``index``."""
+        return self.layers[index % len(self.layers)]
+
+    def input_neuron(self, path: str) -> Spec:
+        """The input neuron of the projection at a dotted path."""
+        for pattern, spec in self.neuron_overrides.items():
+            if fnmatchcase(path, pattern):
+                return spec
+        if path == "head":
+            return self.head_neuron
+        return self.neuron if self.placement == "before" else NO_NEURON
+
+    def twin(self) -> ModelConfig:
+        """The continuous twin: the same model with every neuron off."""
+        off = {"neuron": NO_NEURON, "embedding_neuron": NO_NEURON, "head_neuron": NO_NEURON}
+        return dataclasses.replace(self, neuron_overrides={}, **off)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and YAML."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The configuration of plain values.
+
+        Raises:
+            ConfigError: for an unknown key (the nearest known one is named) or a bad value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(nearest("model configuration key", str(key), known))
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, name: str | Path, **overrides: Any) -> ModelConfig:
+        """A preset by name, or a YAML file by path, with single keys replaced.
+
+        Raises:
+            ConfigError: if there is no such preset or file, or its content does not fit.
+        """
+        import yaml
+
+        from spikelm.presets import find
+
+        path = find("models", str(name))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no mapping; expected keys such as hidden_size: 512")
+        return cls.from_dict({**values, **overrides})
+
+
+def _check_spec(where: str, spec: object) -> None:
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise ConfigError(f"{where} is {spec!r}; expected a mapping with a name, such as {{name: lif}}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,119 @@
+"""Documents in files: plain text, folders of text, JSON lines."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from spikelm.data.compressed import decode_utf8, open_bytes, plain_suffix, read_bytes
+from spikelm.data.source import Source
+from spikelm.errors import DataError, nearest
+
+TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".tokens", ".raw"})
+
+
+class TextFile(Source):
+    """A file that is one document, whatever its name ends with; .xz, .gz and .zst are uncompressed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+
+    def _documents(self) -> Iterator[str]:
+        data = read_bytes(self._path)
+        mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+        yield decode_utf8(data[mark:] if mark else data, str(self._path), offset=mark)
+
+    def fingerprint(self) -> str:
+        """Absolute path, size and time of the last change."""
+        return f"text:{_stamp(self._path)}"
+
+
+class Folder(Source):
+    """The text files below a folder, by their relative path in code-point order.
+
+    Files and folders whose name begins with a dot are left out, and links to folders are not followed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        if not self._files():
+            endings = " ".join(sorted(TEXT_SUFFIXES))
+            raise DataError(f"folder {path} holds no text files (looked for {endings}, also compressed)")
+
+    def _files(self) -> list[Path]:
+        found = []
+        for where, folders, names in os.walk(self._path, onerror=_refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            here = Path(where)
+            found += [
+                here / name
+                for name in names
+                if not name.startswith(".") and plain_suffix(Path(name)) in TEXT_SUFFIXES
+            ]
+        return sorted(found, key=lambda path: path.relative_to(self._path).as_posix())
+
+    def _documents(self) -> Iterator[str]:
+        for path in self._files():
+            yield from TextFile(path)._documents()
+
+    def fingerprint(self) -> str:
+        """Those of all its files."""
+        return "folder:" + "|".join(_stamp(path) for path in self._files())
+
+
+class Jsonl(Source):
+    """One JSON object per line; the document is its string ``field``."""
+
+    def __init__(self, path: Path, field: str) -> None:
+        super().__init__(f"{path}#{field}")
+        self._path, self._field = path, field
+
+    def _documents(self) -> Iterator[str]:
+        offset = 0
+        with open_bytes(self._path) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield self._document(line, number, offset)
+                offset += len(line)
+
+    def _document(self, line: bytes, number: int, offset: int) -> str:
+        where = f"{self._path} line {number} (byte {offset})"
+        if offset == 0 and line.startswith(codecs.BOM_UTF8):
+            line = line[len(codecs.BOM_UTF8) :]
+        try:
+            record = json.loads(decode_utf8(line, f"{self._path} line {number}", offset))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise DataError(f"{where} nests JSON too deeply") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{where} holds a JSON {type(record).__name__} where an object was expected")
+        if self._field not in record:
+            raise DataError(f"{where}: {nearest('field', self._field, record)}")
+        text = record[self._field]
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: field {self._field!r} holds a {type(text).__name__} where text was expected"
+            )
+        return text
+
+    def fingerprint(self) -> str:
+        """Absolute path, size, time of the last change, and the field."""
+        return f"jsonl:{self._field}:{_stamp(self._path)}"
+
+
+def _stamp(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"folder {error.filename} cannot be read: {error.strerror or error}") from error

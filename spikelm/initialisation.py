@@ -1,0 +1,77 @@
+"""Initial weights, all in one function.
+
+RWKV-4's scheme, which SpikeGPT uses (D features, block l of L, feature i of D):
+
+| parameter | value |
+| --- | --- |
+| embedding | orthogonal, elements about 1e-4 |
+| head | orthogonal, gain 0.5 * sqrt(out / in) where out > in |
+| mixer key, receptance, output; channel value, receptance | zero |
+| other projections | orthogonal, gain sqrt(out / in) where out > in |
+| time_decay | -5 + 8 (i / (D - 1))^(0.7 + 1.3 l / (L - 1)) |
+| time_first | log 0.3 + 0.5 ((i + 1) mod 3 - 1) |
+| mix_k, mix_v, mix_r of wkv4 | (i/D)^(1 - l/L), the same + 0.3 l/(L - 1), (i/D)^(0.5 (1 - l/L)) |
+| mix_k, mix_r of rwkv | (i/D)^(1 - l/L) |
+
+Norms, biases and neuron parameters keep what their constructors set. A part of another package sets its own
+parameters in its constructor; its projections get the row "other projections".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from spikelm.channels.rwkv import RWKVChannel
+from spikelm.mixers.wkv4 import WKV4
+from spikelm.projection import Projection
+
+if TYPE_CHECKING:
+    from spikelm.model import SpikeLM
+
+
+@torch.no_grad()
+def initialise(model: SpikeLM) -> None:
+    """Set every weight of a model in place, drawing from torch's global generator."""
+    if model.embedding.weight.is_meta:
+        return
+    zero: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, WKV4):
+            _wkv4(module)
+            zero |= {module.key, module.receptance, module.output}
+        elif isinstance(module, RWKVChannel):
+            ratio = torch.arange(module.hidden_size) / module.hidden_size
+            module.mix_k.copy_(ratio**module.depth_left)
+            module.mix_r.copy_(ratio**module.depth_left)
+            zero |= {module.value, module.receptance}
+    for module in model.modules():
+        if isinstance(module, Projection) and module is not model.head:
+            if module in zero:
+                module.linear.weight.zero_()
+            else:
+                _orthogonal(module.linear.weight, 1.0)
+    vocabulary, features = model.embedding.weight.shape
+    nn.init.orthogonal_(model.embedding.weight, gain=1e-4 * math.sqrt(max(vocabulary, features)))
+    if model.head is not None and not model.config.tie_word_embeddings:
+        _orthogonal(model.head.linear.weight, 0.5)
+
+
+def _orthogonal(weight: Tensor, scale: float) -> None:
+    outputs, inputs = weight.shape
+    nn.init.orthogonal_(weight, gain=scale * math.sqrt(max(outputs / inputs, 1.0)))
+
+
+def _wkv4(mixer: WKV4) -> None:
+    D = mixer.hidden_size
+    i = torch.arange(D)
+    depth = mixer.layer_fraction
+    mixer.time_decay.copy_(-5.0 + 8.0 * (i / max(D - 1, 1)) ** (0.7 + 1.3 * depth))
+    mixer.time_first.copy_(math.log(0.3) + 0.5 * ((i + 1) % 3 - 1))
+    ratio = i / D
+    mixer.mix_k.copy_(ratio**mixer.depth_left)
+    mixer.mix_v.copy_(ratio**mixer.depth_left + 0.3 * depth)
+    mixer.mix_r.copy_(ratio ** (0.5 * mixer.depth_left))

@@ -1,0 +1,193 @@
+"""The core model: embedding, blocks, norm, head, and one state for all of them.
+
+A plain nn.Module: training, evaluation and serving use it, ``hf.py`` wraps it. Features: any registered
+mixer and channel per layer, neurons before every projection or after every part, binary or dense embedding,
+tied or untied head, gradient checkpointing, packed documents (reset), padding (valid), one function for
+training and decoding.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spikelm.block import Block, make_projection
+from spikelm.config import ModelConfig
+from spikelm.errors import ShapeError
+from spikelm.initialisation import initialise
+from spikelm.neurons.base import build_neuron
+from spikelm.recurrence import EMPTY, Context, Part, zero_invalid
+from spikelm.state import State
+
+
+class SpikeLM(nn.Module):
+    """Spiking language model.
+
+    Args:
+        config: what to build.
+        with_head: false for a body without head (classification).
+
+    Attributes:
+        gradient_checkpointing: recompute every block in backward instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, with_head: bool = True) -> None:
+        """Build and initialise (from torch's global generator); on the meta device nothing is drawn."""
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        self.embedding_neuron = build_neuron(config.embedding_neuron, D)
+        self.embedding_norm = nn.LayerNorm(D, config.layer_norm_epsilon)
+        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(D, config.layer_norm_epsilon)
+        self.head = make_projection(config, "", "head", D, config.vocab_size, False) if with_head else None
+        self.gradient_checkpointing = False
+        for name, module in self.named_modules():
+            if isinstance(module, Part):
+                module.path = name
+        initialise(self)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head use the embedding's weights where the configuration says so."""
+        if self.head is not None and self.config.tie_word_embeddings:
+            self.head.linear.weight = self.embedding.weight
+
+    def init_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_len: int | None = None,
+    ) -> State:
+        """State before the first token, on the weights' device, in float32 (float64 for float64 weights)."""
+        weight = self.embedding.weight
+        device = weight.device if device is None else device
+        dtype = (
+            (torch.float64 if weight.dtype == torch.float64 else torch.float32) if dtype is None else dtype
+        )
+        state: State = {"embedding": self.embedding_neuron.init_state(batch, device, dtype, max_len)}
+        for layer, block in enumerate(self.blocks):
+            state[f"block{layer}"] = cast(Block, block).init_state(batch, device, dtype, max_len)
+        if self.head is not None:
+            state["head"] = self.head.init_state(batch, device, dtype, max_len)
+        return state
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, ctx: Context = EMPTY, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 [B, T], or [B] for a single step.
+            state: state before the first token; None for the initial one.
+            ctx: reset and valid [B, T], meter, random source, auxiliary losses.
+            last_only: logits of the last column only, [B, 1, V] (a head without memory sees no other).
+
+        Returns:
+            logits [B, T, V] (or [B, V]) and the state after the last token.
+
+        Raises:
+            ShapeError: if tokens, reset or valid have another shape.
+        """
+        h, state = self.hidden(tokens, state, ctx)
+        if last_only and h.dim() == 3 and not state["head"]:
+            h, ctx = h[:, -1:], _last_column(ctx)
+            return self.head_logits(h, state, ctx)
+        logits, state = self.head_logits(h, state, ctx)
+        return (logits[:, -1:] if last_only and logits.dim() == 3 else logits), state
+
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, ctx: Context = EMPTY
+    ) -> tuple[Tensor, State]:
+        """Normalised features before the head, [B, T, D] (or [B, D]); the head's state is passed on."""
+        self._check(tokens, ctx)
+        if state is None:
+            state = self.init_state(tokens.shape[0], tokens.device)
+        new: State = {}
+        x, new["embedding"] = self.embedding_neuron(self.embedding(tokens), state["embedding"], ctx)
+        x = self.embedding_norm(x.to(self.embedding_norm.weight.dtype))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and x.dim() == 3
+        for layer, module in enumerate(self.blocks):
+            block, name = cast(Block, module), f"block{layer}"
+            before = cast(State, state[name])
+            x, new[name] = _checkpointed(block, x, before, ctx) if recompute else block(x, before, ctx)
+            x = self._dropout(x, block.path, ctx)
+        if "head" in state:
+            new["head"] = state["head"]
+        return zero_invalid(self.norm(x), ctx) if x.dim() == 3 else self.norm(x), new
+
+    def head_logits(self, h: Tensor, state: State, ctx: Context = EMPTY) -> tuple[Tensor, State]:
+        """Logits [.., V] of features [.., D]; a head with a stateful neuron must see every token in order."""
+        if self.head is None:
+            raise ShapeError("this model was built without a head; build it with with_head=True")
+        logits, head = self.head(h, state["head"], ctx)
+        return logits, {**state, "head": head}
+
+    def num_parameters(self) -> int:
+        """Parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def fp32_parameters(self) -> set[str]:
+        """Names of decays, time constants and neuron parameters, which stay float32 in low precision."""
+        names: set[str] = set()
+        for prefix, module in self.named_modules():
+            kept = getattr(module, "full_precision", ())
+            names |= {f"{prefix}.{name}" for name in kept}
+            if prefix.endswith("neuron"):
+                names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+        return names
+
+    def _dropout(self, x: Tensor, path: str, ctx: Context) -> Tensor:
+        p = self.config.dropout
+        if p == 0.0 or ctx.random is None or not self.training:
+            return x
+        keep = ctx.random.uniform(f"{path}.dropout", x.shape[-1]) >= p
+        return x * keep.to(x.dtype) / (1.0 - p)
+
+    def _check(self, tokens: Tensor, ctx: Context) -> None:
+        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
+            raise ShapeError(
+                f"tokens are {tuple(tokens.shape)}; expected [B, T] or [B], with at least one token"
+            )
+        for name, mask in (("reset", ctx.reset), ("valid", ctx.valid)):
+            if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+                raise ShapeError(
+                    f"{name} is {tuple(mask.shape)} {mask.dtype}; expected {tuple(tokens.shape)} torch.bool"
+                )
+
+
+def _last_column(ctx: Context) -> Context:
+    import dataclasses
+
+    return dataclasses.replace(
+        ctx,
+        reset=None if ctx.reset is None else ctx.reset[:, -1:],
+        valid=None if ctx.valid is None else ctx.valid[:, -1:],
+    )
+
+
+def _checkpointed(block: Block, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+    """The block with its activations recomputed in backward; meter and losses work in the first pass only."""
+    import dataclasses
+
+    first = True
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State, list[Tensor]]:
+        nonlocal first
+        losses: list[Tensor] = []
+        inner = dataclasses.replace(
+            ctx, meter=ctx.meter if first else None, losses=None if ctx.losses is None else losses
+        )
+        first = False
+        y, new = block(x, state, inner)
+        return y, new, losses
+
+    y, new, losses = checkpoint(run, x, state, use_reentrant=False)
+    if ctx.losses is not None:
+        ctx.losses.extend(losses)
+    return y, new

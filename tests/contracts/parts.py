@@ -1,0 +1,89 @@
+"""Every registered part, in the variants worth testing, built small and with random weights in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikelm.block import Block
+from spikelm.build import Build
+from spikelm.config import ModelConfig
+from spikelm.neurons.base import build_neuron, build_part
+from spikelm.projection import Projection
+from spikelm.recurrence import Part
+from spikelm.registry import channels, mixers, neurons
+
+D = 6
+SURROGATES = ("atan", "sigmoid", "triangle", "straight_through")
+
+# Variants beside the defaults; a new part is tested with its defaults without a line here.
+NEURONS: dict[str, list[dict[str, Any]]] = {
+    "lif": [
+        {},
+        {"tau": 3.5, "reset": "soft", "decay_input": False},
+        {"detach_reset": True, "v_reset": -0.2, "threshold": 0.7},
+        {"decay_input": False, "detach_reset": True, "reset": "soft", "gain": 1.5},
+        *({"surrogate": name, "alpha": 1.3} for name in SURROGATES),
+    ],
+    "plif": [{}, {"gain": 2.0}, {"reset": "soft", "decay_input": False, "tau": 5.0}],
+    "if": [{}, {"reset": "soft"}],
+    "adaptive": [{}, {"dead_zone": 1.4}, {"k": 1.0, "cap": 1}, {"k": 2.5, "dead_zone": 0.3, "cap": 4}],
+    "heaviside": [{}, {"threshold": 0.4, "gain": 2.0, "surrogate": "triangle"}],
+}
+INPUT_NEURONS: list[dict[str, Any]] = [
+    {"name": "none"},
+    {"name": "adaptive", "dead_zone": 1.0},
+    {"name": "plif", "gain": 1.5},
+]
+
+
+def randomise(part: nn.Module) -> None:
+    """Weights in which nothing is zero and nothing is equal."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.5 * noise)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Part]]]:
+    """(test id, constructor) of every part."""
+    for name in neurons.names():
+        for options in NEURONS.get(name, [{}]):
+            yield _id(name, options), _neuron(name, options)
+    for neuron in INPUT_NEURONS:
+        yield f"projection-{neuron['name']}", _projection(neuron)
+        for name in mixers.names():
+            yield f"{name}-{neuron['name']}", _mixing("mixer", name, neuron)
+        for name in channels.names():
+            yield f"{name}-{neuron['name']}", _mixing("channel", name, neuron)
+    yield "block-after", lambda: Block(_config(placement="after", neuron={"name": "lif"}), 0)
+    yield "block-before", lambda: Block(_config(placement="before", neuron={"name": "adaptive"}), 1)
+
+
+def _config(**values: Any) -> ModelConfig:
+    return ModelConfig(vocab_size=11, hidden_size=D, num_hidden_layers=2, **values)
+
+
+def _id(name: str, options: dict[str, Any]) -> str:
+    return "-".join([name, *(f"{key}={value}" for key, value in options.items())])
+
+
+def _neuron(name: str, options: dict[str, Any]) -> Callable[[], Part]:
+    return lambda: build_neuron({"name": name, **options}, D)
+
+
+def _projection(neuron: dict[str, Any]) -> Callable[[], Part]:
+    return lambda: Projection(D, 5, build_neuron(neuron, D), bias=True)
+
+
+def _mixing(kind: str, name: str, neuron: dict[str, Any]) -> Callable[[], Part]:
+    def make_projection(_: str, inputs: int, outputs: int, bias: bool) -> Projection:
+        return Projection(inputs, outputs, build_neuron(neuron, inputs), bias)
+
+    build = Build(hidden_size=D, layer=1, num_layers=2, make_projection=make_projection)
+    registry = mixers if kind == "mixer" else channels
+    return lambda: build_part(f"{kind} {name!r}", registry.get(name), {}, build)
