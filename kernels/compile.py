@@ -1,12 +1,13 @@
 """Plain C compiled once with the system compiler for this processor, kept in a user cache.
 
 The compiler is ``$CC`` or else the first of cc, gcc and clang on the path. Shared libraries lie in
-``$SPIKELM_CACHE``, or else ``spikelm/kernels`` under ``$XDG_CACHE_HOME`` (``~/.cache``). A library's name holds
-a hash of its sources, the compiler's version, the flags and the processor's features, so that nothing is ever
-rebuilt in place: a new library is written beside the cache entry and renamed, which is safe between processes.
+``$SPIKELM_CACHE``, or else ``spikelm/kernels`` under ``$XDG_CACHE_HOME`` (``~/.cache``). A library's name
+holds a hash of its sources, the compiler's version, the flags and the processor's features, so that nothing
+is ever rebuilt in place: a new library is written beside the cache entry and renamed, which is safe between
+processes.
 
-Floating point is never reassociated or contracted (no -ffast-math): a vector lane and a scalar remainder give
-the same bits, whatever the number of threads.
+Floating point is never reassociated or contracted (no -ffast-math): a vector lane and a scalar remainder
+give the same bits, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from spikelm.errors import KernelError
@@ -84,7 +85,7 @@ def load(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     return loaded
 
 
-@lru_cache(maxsize=None)
+@cache
 def _find_compiler(cc: str, path: str) -> tuple[str, ...]:
     if cc:
         words = shlex.split(cc)
@@ -99,12 +100,12 @@ def _find_compiler(cc: str, path: str) -> tuple[str, ...]:
     raise KernelError(f"no C compiler ({', '.join(CANDIDATES)}) on the path; install gcc or clang, or set CC")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _version(command: tuple[str, ...]) -> str:
     return _run([*command, "--version"])
 
 
-@lru_cache(maxsize=1)
+@cache
 def _processor() -> str:
     """Features of this processor: two machines that share a home folder must not share libraries."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -116,16 +117,16 @@ def _processor() -> str:
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *lines])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(source: Path, defines: tuple[str, ...], environment: tuple[str, ...]) -> ctypes.CDLL | str:
     """The library, or the reason why there is none (a failure is not tried again in this process)."""
     try:
         command = compiler_command()
-        cache = cache_folder()
+        folder = cache_folder()
         problem = "unknown"
         for target in TARGET_FLAGS:
             flags = (*BASE_FLAGS, *target, *(f"-D{name}" for name in defines))
-            library = cache / f"{source.parent.name}-{_key(source, command, flags)}.so"
+            library = folder / f"{source.parent.name}-{_key(source, command, flags)}.so"
             try:
                 return _open(library, source, [*command, *flags])
             except KernelError as error:
@@ -138,7 +139,13 @@ def _load(source: Path, defines: tuple[str, ...], environment: tuple[str, ...]) 
 def _key(source: Path, command: list[str], flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     texts = [source, *sorted(source.parent.glob("*.h")), *sorted(source.parent.parent.glob("*.h"))]
-    for part in (*(text.read_text() for text in texts), *command, _version(tuple(command)), *flags, _processor()):
+    for part in (
+        *(text.read_text() for text in texts),
+        *command,
+        _version(tuple(command)),
+        *flags,
+        _processor(),
+    ):
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:24]

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -102,7 +102,7 @@ def available() -> dict[str, dict[str, bool | str]]:
     return table
 
 
-@lru_cache(maxsize=None)
+@cache
 def c_source(op: str) -> Path:
     """Path of an op's C file."""
     return Path(__file__).parent / op / "op.c"
@@ -140,11 +140,11 @@ def _problem(op: str, name: str, device_type: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _announce(op: str, device_type: str, chosen: str, reason: str) -> None:
     logger.info("kernel %s on %s: %s (%s)", op, device_type, chosen, reason)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_slow(problem: str) -> None:
     logger.warning("no C kernels, slower torch forms are used: %s", problem)

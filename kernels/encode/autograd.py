@@ -43,5 +43,5 @@ def adaptive_encode(x: Tensor, *, k: float, dead_zone: float = 0.0, cap: int = 1
     """
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
-    counts, threshold = _Encode.apply(x, k, dead_zone, cap)
+    counts, threshold = _Encode.apply(x, k, dead_zone, cap)  # type: ignore[no-untyped-call]
     return counts, threshold

@@ -93,6 +93,8 @@ def _check(x: Tensor, v0: Tensor, rate: Tensor) -> None:
         raise ShapeError(f"lif needs floating x [B, T, C], got {x.dtype} {list(x.shape)}")
     batch, _, channels = x.shape
     if v0.shape != (batch, channels):
-        raise ShapeError(f"lif needs v0 [B, C] = {[batch, channels]} for x {list(x.shape)}, got {list(v0.shape)}")
+        raise ShapeError(
+            f"lif needs v0 [B, C] = {[batch, channels]} for x {list(x.shape)}, got {list(v0.shape)}"
+        )
     if rate.shape != (channels,):
         raise ShapeError(f"lif needs rate [C] = {[channels]} for x {list(x.shape)}, got {list(rate.shape)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_double, c_int, c_int32, c_int64, c_void_p
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ class _Neuron(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     library = load(Path(__file__).with_name("op.c"), ("SPIKELM_DOUBLE",) if dtype == torch.float64 else ())
     sizes, neuron = [c_int64] * 3, [ctypes.POINTER(_Neuron)]

@@ -8,7 +8,8 @@ Per token, with membrane v, input x, leak rate r = 1/tau and resting membrane v0
     reset    v = v0 if s else h                (hard)
              v = h - threshold s               (soft)
 
-Where ``reset`` is set the membrane is first put to rest; where ``valid`` is not, the membrane stays and s = 0.
+Where ``reset`` is set the membrane is first put to rest; where ``valid`` is not, the membrane stays and
+s = 0.
 Source: Fang et al. 2021 (parametric LIF), equations 2-4; the charge-fire-reset form of SpikingJelly.
 """
 
@@ -24,7 +25,7 @@ from spikelm.kernels.lif.surrogates import spike
 def lif(
     x: Tensor, v: Tensor, rate: Tensor, neuron: Neuron, reset: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Spikes [B, T, C] and last membrane [B, C] of x [B, T, C], v [B, C], rate [C]; any one floating dtype."""
+    """Spikes [B, T, C] and last membrane [B, C] of x [B, T, C], v [B, C], rate [C]; one floating dtype."""
     spikes = []
     for t in range(x.shape[1]):
         if reset is not None:

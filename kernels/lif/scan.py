@@ -1,8 +1,8 @@
 """Leaky integrate-and-fire in plain torch with a hand-written backward: the form for machines without C.
 
-Forward keeps the charged membrane h of every token and nothing else; backward computes everything that does
-not depend on the order of tokens for the whole sequence at once, and loops over one fused operation per token.
-Equations in reference.py.
+Forward keeps the charged membrane h of every token and nothing else; backward computes everything that
+does not depend on the order of tokens for the whole sequence at once, and loops over one fused operation per
+token. Equations in reference.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spikelm.kernels.lif.surrogates import derivative
 def lif(
     x: Tensor, v: Tensor, rate: Tensor, neuron: Neuron, reset: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Spikes [B, T, C] and last membrane [B, C] of x [B, T, C], v [B, C], rate [C]; any one floating dtype."""
+    """Spikes [B, T, C] and last membrane [B, C] of x [B, T, C], v [B, C], rate [C]; one floating dtype."""
     spikes, last = _Scan.apply(x, v, rate, neuron, reset, valid)  # type: ignore[no-untyped-call]
     return spikes, last
 
@@ -55,7 +55,7 @@ class _Scan(torch.autograd.Function):
         return spikes, v
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_spikes: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         x, v_in, rate, h, reset, valid = ctx.saved_tensors
         neuron: Neuron = ctx.neuron
@@ -90,9 +90,7 @@ class _Scan(torch.autograd.Function):
         return grad_x, grad_v, grad_rate, None, None, None
 
 
-def _membranes(
-    v_in: Tensor, h: Tensor, neuron: Neuron, reset: Tensor | None, valid: Tensor | None
-) -> Tensor:
+def _membranes(v_in: Tensor, h: Tensor, neuron: Neuron, reset: Tensor | None, valid: Tensor | None) -> Tensor:
     """Membrane before every token [B, T, C], from the charged membranes."""
     after = h - neuron.threshold if neuron.soft_reset else torch.full_like(h, neuron.v_reset)
     new = torch.where(h >= neuron.threshold, after, h)

@@ -20,7 +20,7 @@ Derivative = Callable[[Tensor, float], Tensor]
 
 
 def atan(u: Tensor, alpha: float) -> Tensor:
-    """Derivative of (1/pi) arctan(pi/2 alpha u) + 1/2: alpha/2 / (1 + (pi/2 alpha u)^2) (Fang et al. 2021)."""
+    """Derivative of arctan(pi/2 alpha u) / pi + 1/2: alpha/2 / (1 + (pi/2 alpha u)^2) (Fang et al. 2021)."""
     return (alpha / 2) / (1 + (math.pi / 2 * alpha * u) ** 2)
 
 

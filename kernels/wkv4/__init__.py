@@ -1,8 +1,8 @@
 """The wkv recurrence of RWKV-4: an exponentially decayed, key-weighted mean of values per channel.
 
 Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations, masks and the
-scaled state are written in reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048,
-equations 13-14; used by SpikeGPT, https://arxiv.org/abs/2302.13939.
+scaled state are written in reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048;
+used by SpikeGPT, https://arxiv.org/abs/2302.13939.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> None:
     batch, _, channels = k.shape
     if v.shape != k.shape:
         raise ShapeError(f"wkv4 needs v of k's shape {list(k.shape)}, got {list(v.shape)}")
-    for name, x, shape in (("w", w, (channels,)), ("u", u, (channels,)), ("state", state, (batch, 3, channels))):
+    for name, x, shape in (
+        ("w", w, (channels,)),
+        ("u", u, (channels,)),
+        ("state", state, (batch, 3, channels)),
+    ):
         if x.shape != shape:
             raise ShapeError(f"wkv4 needs {name} {list(shape)} for k {list(k.shape)}, got {list(x.shape)}")

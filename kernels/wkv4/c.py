@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctypes import CDLL, c_int, c_int64, c_void_p
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from spikelm.kernels.pointers import address, contiguous_mask, threads_for
 SEGMENT = 32  # steps between checkpoints, as in op.c
 
 
-@lru_cache(maxsize=None)
+@cache
 def _library(dtype: torch.dtype) -> CDLL:
     library = load(Path(__file__).with_name("op.c"), ("SPIKELM_DOUBLE",) if dtype == torch.float64 else ())
     library.wkv4_forward.argtypes = [*[c_int64] * 3, *[c_void_p] * 10, c_int]

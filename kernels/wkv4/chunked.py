@@ -1,10 +1,11 @@
 """The wkv recurrence of RWKV-4 in plain torch, sequential over about 2 sqrt(T) steps instead of T.
 
-The tokens are cut into chunks. (1) All chunks at once, from an empty state, one short loop over the positions
-within a chunk. (2) A loop over the chunks carries the state from each to the next. (3) The outputs of all tokens
-at once, from the state within the chunk and the decayed carry. Every state is held as (num, den, max) and only
-ever multiplied by exponentials of non-positive numbers, so nothing overflows whatever k is. Gradients are
-autograd's; the maxima are constants for it. Equations and masks as in reference.py.
+The tokens are cut into chunks. (1) All chunks at once, from an empty state, one short loop over the
+positions within a chunk. (2) A loop over the chunks carries the state from each to the next. (3) The outputs
+of all tokens at once, from the state within the chunk and the decayed carry. Every state is held as
+(num, den, max) and only ever multiplied by exponentials of non-positive numbers, so nothing overflows
+whatever k is. Gradients are autograd's; the maxima are constants for it. Equations and masks as in
+reference.py.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ def _cut(x: Tensor, length: int) -> Tensor:
     extra = -x.shape[1] % length
     if extra:
         x = torch.cat([x, x.new_zeros(x.shape[0], extra, x.shape[2])], 1)
-    return x.unflatten(1, (-1, length))
+    return x.view(x.shape[0], x.shape[1] // length, length, x.shape[2])
 
 
 def _exp_unless(masked: Tensor | None, exponent: Tensor) -> Tensor:
-    """exp of the exponent, 0 where masked; the mask hides exponents that would overflow, also in gradients."""
+    """Exponential, 0 where masked; the mask hides exponents that would overflow, also in gradients."""
     if masked is None:
         return torch.exp(exponent)
     return torch.exp(torch.where(masked, 0.0, exponent)).masked_fill(masked, 0.0)
@@ -127,7 +128,8 @@ def _across_chunks(
     Args:
         decay: decay of a state over each chunk, broadcast to [B, n, C].
         state: the incoming state [B, 3, C].
-        last: (num, den) [2, B, n, C] at the end of each chunk from an empty state, with max ``last_top``.
+        last: (num, den) [2, B, n, C] at the end of each chunk from an empty state.
+        last_top: max [B, n, C] of ``last``.
         fresh: chunks [B, n, 1] with a reset, which let nothing through; or None.
 
     Returns:

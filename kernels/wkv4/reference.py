@@ -6,11 +6,11 @@ Per token, with decay w <= 0 and bonus u per channel::
     A <- exp(w) A + exp(k) v
     B <- exp(w) B + exp(k)
 
-A and B span hundreds of orders of magnitude, so the state holds num = A exp(-max) and den = B exp(-max) with
-max the running maximum of the exponents. max only scales: it is a constant for gradients, which are those of
-num and den at a fixed max. Where ``reset`` is set the state is first emptied (0, 0, -1e38); where ``valid`` is
-not, the state stays and y = 0. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048, equations 13-14 and
-appendix D (the stable form).
+A and B span hundreds of orders of magnitude, so the state holds num = A exp(-max) and den = B exp(-max)
+with max the running maximum of the exponents. max only scales: it is a constant for gradients, which are
+those of num and den at a fixed max. Where ``reset`` is set the state is first emptied (0, 0, -1e38); where
+``valid`` is not, the state stays and y = 0. Source: Peng et al. 2023 (RWKV),
+https://arxiv.org/abs/2305.13048, the WKV operator and its numerically safe form in the appendix.
 """
 
 from __future__ import annotations
