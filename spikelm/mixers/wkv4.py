@@ -80,10 +80,11 @@ class WKV4(Part):
         a, b, p = cast(Tensor, state["wkv"]).to(memory).unbind(1)
         u, decay = self.time_first.to(memory), -torch.exp(self.time_decay.to(memory))
         k, v = k.to(memory), v.to(memory)
-        q = torch.maximum(p, u + k)
+        p = p.detach()  # the exponents only scale: gradients are those of a and b at a fixed scale
+        q = torch.maximum(p, u + k).detach()
         past, now = torch.exp(p - q), torch.exp(u + k - q)
         y = (past * a + now * v) / (past * b + now)
-        q = torch.maximum(p + decay, k)
+        q = torch.maximum(p + decay, k).detach()
         past, now = torch.exp(p + decay - q), torch.exp(k - q)
         new["wkv"] = torch.stack([past * a + now * v, past * b + now, q], 1)
         new["shift"] = x.to(memory)

@@ -56,7 +56,9 @@ def random_model(recorded: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("path", ["forward", "chunks", "step"])
-def test_random_weights_like_the_rwkv_package(random_model: SpikeLM, recorded: dict[str, Tensor], path: str) -> None:
+def test_random_weights_like_the_rwkv_package(
+    random_model: SpikeLM, recorded: dict[str, Tensor], path: str
+) -> None:
     """Every term counts here: the fixture's channel mix is as large as its time mix."""
     tokens = recorded["tokens"]
     with torch.no_grad():
@@ -80,10 +82,13 @@ def test_state_like_the_rwkv_package(random_model: SpikeLM, recorded: dict[str, 
     for layer in range(2):
         block = state[f"block{layer}"]
         num, den, largest = block["mixer"]["wkv"][0]
-        theirs = {key: recorded[f"state.{layer}.{key}"] for key in ("mixer_last", "num", "den", "max", "channel_last")}
+        theirs = {
+            key: recorded[f"state.{layer}.{key}"]
+            for key in ("mixer_last", "num", "den", "max", "channel_last")
+        }
         torch.testing.assert_close(block["mixer"]["shift"][0], theirs["mixer_last"], atol=1e-5, rtol=0)
         torch.testing.assert_close(block["channel"]["shift"][0], theirs["channel_last"], atol=1e-5, rtol=0)
-        # The exponent is a free choice of each implementation; numerator and denominator are compared at theirs.
+        # The exponent is each implementation's choice; numerator and denominator are compared at theirs.
         scale = torch.exp(largest - theirs["max"])
         torch.testing.assert_close(num * scale, theirs["num"], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(den * scale, theirs["den"], atol=1e-5, rtol=1e-5)

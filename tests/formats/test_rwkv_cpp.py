@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import lzma
 import struct
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +13,10 @@ from spikelm.errors import CheckpointError
 from spikelm.formats.rwkv4 import read_rwkv4
 from spikelm.formats.rwkv_cpp import MAGIC, is_rwkv_cpp
 
-sys.path.insert(0, str(Path(__file__).parent))
-from published import Weights, published_weights  # noqa: E402
 
-
-def rwkv_cpp_bytes(weights: Weights, *, layers: int = 2, dtype: int = 0, header: tuple[int, ...] = ()) -> bytes:
+def rwkv_cpp_bytes(
+    weights: dict[str, torch.Tensor], *, layers: int = 2, dtype: int = 0, header: tuple[int, ...] = ()
+) -> bytes:
     vocab, hidden = weights["emb.weight"].shape
     out = struct.pack("<6i", *(header or (MAGIC, 100, vocab, hidden, layers, dtype)))
     for name, value in weights.items():
@@ -32,8 +31,8 @@ def rwkv_cpp_bytes(weights: Weights, *, layers: int = 2, dtype: int = 0, header:
 
 
 @pytest.mark.parametrize("suffix", ["bin", "bin.xz"])
-def test_same_weights_as_the_pth(tmp_path: Path, suffix: str) -> None:
-    weights = published_weights()
+def test_same_weights_as_the_pth(tmp_path: Path, published: SimpleNamespace, suffix: str) -> None:
+    weights = published.weights()
     torch.save(weights, tmp_path / "m.pth")
     content = rwkv_cpp_bytes(weights)
     path = tmp_path / f"m.{suffix}"
@@ -46,9 +45,9 @@ def test_same_weights_as_the_pth(tmp_path: Path, suffix: str) -> None:
         torch.testing.assert_close(ours.weights[name], value, atol=1e-6, rtol=1e-6)
 
 
-def test_half_precision_file(tmp_path: Path) -> None:
+def test_half_precision_file(tmp_path: Path, published: SimpleNamespace) -> None:
     path = tmp_path / "m.bin"
-    path.write_bytes(rwkv_cpp_bytes(published_weights(), dtype=1))
+    path.write_bytes(rwkv_cpp_bytes(published.weights(), dtype=1))
     assert read_rwkv4(path).weights["head.linear.weight"].dtype == torch.float32
 
 
@@ -60,9 +59,9 @@ def refused(path: Path, content: bytes, *words: str) -> None:
         assert word in str(error.value), str(error.value)
 
 
-def test_faults(tmp_path: Path) -> None:
+def test_faults(tmp_path: Path, published: SimpleNamespace) -> None:
     path = tmp_path / "m.bin"
-    weights = published_weights()
+    weights = published.weights()
     good = rwkv_cpp_bytes(weights)
     refused(path, good[:-5], "truncated", "head.weight")
     refused(path, good[:30], "truncated")
@@ -72,23 +71,25 @@ def test_faults(tmp_path: Path) -> None:
     refused(path, rwkv_cpp_bytes(weights, header=(MAGIC, 100, 999, 12, 2, 0)), "[999, 12]")
     refused(path, good[:24] + struct.pack("<3i", 1, 10**9, 0), "damaged")
     refused(path, good[:24] + struct.pack("<3i", 2, 1, 0) + struct.pack("<2i", -4, 8) + b"x", "positive")
-    refused(path, good[:24] + struct.pack("<3i", 2, 1, 0) + struct.pack("<2i", 2**30, 2**30) + b"x", "truncated")
+    refused(
+        path, good[:24] + struct.pack("<3i", 2, 1, 0) + struct.pack("<2i", 2**30, 2**30) + b"x", "truncated"
+    )
     refused(path, good[:24] + struct.pack("<3i", 1, 1, 9) + struct.pack("<i", 8) + b"x", "dtype 9")
     path = tmp_path / "m.bin.xz"
     refused(path, lzma.compress(good)[:-20], "m.bin.xz")
 
 
-def test_later_versions_are_refused(tmp_path: Path) -> None:
+def test_later_versions_are_refused(tmp_path: Path, published: SimpleNamespace) -> None:
     path = tmp_path / "m.pth"
     for name in ("blocks.0.att.ln_x.weight", "blocks.0.att.time_maa_k", "blocks.0.att.x_r"):
-        torch.save(published_weights() | {name: torch.zeros(12)}, path)
+        torch.save(published.weights() | {name: torch.zeros(12)}, path)
         with pytest.raises(CheckpointError, match="expected RWKV-4"):
             read_rwkv4(path)
 
 
-def test_any_channel_width(tmp_path: Path) -> None:
+def test_any_channel_width(tmp_path: Path, published: SimpleNamespace) -> None:
     for hidden, channel in ((12, 48), (12, 24), (7, 9), (49, 50)):
-        torch.save(published_weights(layers=1, hidden=hidden, channel=channel), tmp_path / "m.pth")
+        torch.save(published.weights(layers=1, hidden=hidden, channel=channel), tmp_path / "m.pth")
         model = read_rwkv4(tmp_path / "m.pth").model()
         assert model.blocks[0].channel.key.linear.weight.shape == (channel, hidden)
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def published() -> SimpleNamespace:
+    """``weights(...)``: a synthetic checkpoint; ``logits(weights, tokens, binary=...)``: what it gives."""
+    return SimpleNamespace(weights=published_weights, logits=straight_line_spikegpt)
 
 
 def published_weights(
@@ -87,12 +96,15 @@ def straight_line_spikegpt(w: Weights, tokens: list[int], *, binary: bool) -> tu
             # time mix: the weighted mean of all values so far, written as the sum it is
             a, last = norm(x, b + "ln1"), m["att_last"]
             k, v, r = (
-                w[f"{b}att.{long}.weight"] @ (a * w[f"{b}att.time_mix_{s}"] + last * (1 - w[f"{b}att.time_mix_{s}"]))
+                w[f"{b}att.{long}.weight"]
+                @ (a * w[f"{b}att.time_mix_{s}"] + last * (1 - w[f"{b}att.time_mix_{s}"]))
                 for s, long in (("k", "key"), ("v", "value"), ("r", "receptance"))
             )
             m["att_last"] = a
             decay, bonus = torch.exp(w[b + "att.time_decay"]), w[b + "att.time_first"]
-            exponents = [ki - (len(m["keys"]) - 1 - j) * decay for j, ki in enumerate(m["keys"])] + [bonus + k]
+            exponents = [ki - (len(m["keys"]) - 1 - j) * decay for j, ki in enumerate(m["keys"])] + [
+                bonus + k
+            ]
             values = [*m["values"], v]
             m["keys"].append(k)
             m["values"].append(v)
