@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spikelm.data import Source
+from spikelm.data.source import Source
 from spikelm.errors import ConfigError, DataError
 from spikelm.tokenizer import Tokenizer
 
@@ -24,11 +24,11 @@ class Corpus:
         name: where the text comes from.
         sha256: hash of the documents as UTF-8, each after its length, so that their boundaries count.
         bytes: UTF-8 bytes of the text.
-        start_token: id put before every document, or None; without one a document's first token is not scored.
+        start_token: id put before every document, or None; without one its first token is not scored.
         tokens: per document int32 [N], the start token included.
         byte_lengths: per document float64 [N], bytes each token stands for; they add up to the document's.
-        rescaled: documents whose tokens' own bytes do not add up to the document's (tokenizers that change the
-            text); their lengths are scaled so that the sum is right.
+        rescaled: documents whose tokens' own bytes do not add up to the document's (tokenizers that change
+            the text); their lengths are scaled so that the sum is right.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Corpus:
 
     @property
     def predictions(self) -> int:
-        """Tokens that are scored: all but the first of every document (the start token where there is one)."""
+        """Tokens that are scored: all but the first of every document (a start token included)."""
         return sum(max(len(tokens) - 1, 0) for tokens in self.tokens)
 
 

@@ -128,7 +128,7 @@ class Tally:
     def _units(self, documents: int) -> tuple[tuple[Floats, Floats, Floats], str]:
         sums = (self._nats, self._bytes, self._tokens)
         if documents >= MIN_DOCUMENTS:
-            nats, size, tokens = (np.bincount(self._document, values) for values in sums)
+            nats, size, tokens = (np.bincount(self._document, values).astype(np.float64) for values in sums)
             name = f"{documents} documents"
         else:
             nats, size, tokens = sums

@@ -4,8 +4,8 @@
 - ``strided@L/S``: windows of L tokens every S tokens, only the last S of each scored;
 - ``carried``: whole documents, the state carried from the first token to the last in constant memory.
 
-In all three, every token of every document is scored once, except a document's first token where the tokenizer has
-no token to start with: nothing predicts it, and its bytes are not counted either.
+In all three, every token of every document is scored once, except a document's first token where the
+tokenizer has no token to start with: nothing predicts it, and its bytes are not counted either.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Windows:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
         if "strided" in self.modes and self.stride > self.length:
-            raise ConfigError(f"stride {self.stride} is longer than length {self.length}; tokens would be left out")
+            raise ConfigError(
+                f"stride {self.stride} is longer than length {self.length}; tokens would be left out"
+            )
 
     def label(self, mode: str) -> str:
         """The name a figure is reported under."""
@@ -145,7 +147,9 @@ def measure(
             if advance is not None:
                 advance(len(scores.nats))
         figures.append(tally.figure(windows.label(mode)))
-    return Result(figures=tuple(figures), spikes=meter.summary(), spikes_over=windows.label(windows.modes[-1]))
+    return Result(
+        figures=tuple(figures), spikes=meter.summary(), spikes_over=windows.label(windows.modes[-1])
+    )
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:

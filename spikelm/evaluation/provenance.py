@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this package runs from, with ``+`` after it where files differ; None outside one."""
+    """Commit of the checkout this runs from, with ``+`` after it where files differ; None outside one."""
     folder = Path(__file__).resolve().parents[2]
     # An installed package may lie inside somebody else's repository: only ours has a .git beside spikelm/.
     if not (folder / ".git").exists():
@@ -33,7 +33,10 @@ def git_revision() -> str | None:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,8 +1,8 @@
 """Negative log-likelihood of every target of a stream of segments, in constant memory.
 
-Segments are packed into a few rows and read in chunks: a row goes on with its next segment as soon as one ends
-(``reset`` replaces the state there), so short and long documents cost what their tokens cost, and a window of any
-length needs the memory of one chunk.
+Segments are packed into a few rows and read in chunks: a row goes on with its next segment as soon as one
+ends (``reset`` replaces the state there), so short and long documents cost what their tokens cost, and a
+window of any length needs the memory of one chunk.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scores:
     Args:
         document: index of the document.
         first: index in the document of the first target.
-        context: how many tokens the model had seen since its initial state when it predicted the first target.
+        context: tokens the model had seen since its initial state when it predicted the first target.
         nats: float64 [n], -log p of each target.
     """
 
@@ -176,7 +176,9 @@ def score(
             yield from _collect(logits, targets.to(device), pieces)
 
 
-def _tensors(pieces: list[_Piece], rows: int, width: int, fresh: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tensors(
+    pieces: list[_Piece], rows: int, width: int, fresh: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = torch.zeros(rows, width, dtype=torch.long)
     targets = torch.zeros(rows, width, dtype=torch.long)
     reset = torch.zeros(rows, width, dtype=torch.bool)
@@ -187,7 +189,7 @@ def _tensors(pieces: list[_Piece], rows: int, width: int, fresh: bool) -> tuple[
         tokens[piece.row, here] = torch.from_numpy(piece.segment.inputs[there].astype(np.int64))
         targets[piece.row, here] = torch.from_numpy(piece.segment.targets[there].astype(np.int64))
         valid[piece.row, here] = True
-        # The very first column of a fresh state needs no reset, and a sequence without one takes the plain path.
+        # The first column of a fresh state needs no reset; a sequence without one takes the plain path.
         if piece.offset == 0 and not (fresh and piece.column == 0):
             reset[piece.row, piece.column] = True
     return tokens, targets, reset, valid

@@ -1,8 +1,8 @@
 """Which tokens are predicted from which: the three ways to cut a document for a recurrent model.
 
 A document of tokens ``x[0..N-1]`` is a chain of N - 1 predictions, ``x[i]`` from what came before. Every way
-scores each of them exactly once; they differ in how much of the past the model may remember. A start token, where
-one is used, is ``x[0]``, so that the document's own first token is scored too.
+scores each of them exactly once; they differ in how much of the past the model may remember. A start token,
+where one is used, is ``x[0]``, so that the document's own first token is scored too.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Converted:
         """The core model with these weights, in evaluation mode.
 
         Raises:
-            CheckpointError: if the weights do not fit the configuration, which would be a fault of the reader.
+            CheckpointError: if the weights do not fit the configuration (a fault of the reader).
         """
         with torch.device("meta"):
             model = SpikeLM(self.config)

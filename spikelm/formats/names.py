@@ -77,6 +77,12 @@ def read_sizes(tensors: Mapping[str, Tensor], kind: str) -> Sizes:
     embedding = _matrix(tensors, "emb.weight", "[vocabulary, hidden]", kind)
     channel = _matrix(tensors, "blocks.0.ffn.key.weight", "[channel width, hidden]", kind)
     indices = {int(match.group(1)) for name in tensors if (match := re.match(r"blocks\.(\d{1,6})\.", name))}
+    absent = next(i for i in range(len(indices) + 1) if i not in indices)
+    if absent <= max(indices):
+        raise CheckpointError(
+            f"the {kind} checkpoint has tensors of block {max(indices)} but none of block {absent}; "
+            f"it is incomplete"
+        )
     return Sizes(
         vocab=embedding.shape[0], hidden=embedding.shape[1], layers=max(indices) + 1, channel=channel.shape[0]
     )
@@ -85,7 +91,7 @@ def read_sizes(tensors: Mapping[str, Tensor], kind: str) -> Sizes:
 def rename(tensors: Mapping[str, Tensor], sizes: Sizes, kind: str) -> dict[str, Tensor]:
     """Our name -> float32 tensor for every published tensor.
 
-    Vectors may be stored with dimensions of length 1 around them (``[1, 1, hidden]``); they become ``[hidden]``.
+    Vectors may be stored with dimensions of length 1 around them (``[1, 1, D]``); they become ``[D]``.
 
     Args:
         tensors: published name -> tensor of any floating dtype.
@@ -102,8 +108,8 @@ def rename(tensors: Mapping[str, Tensor], sizes: Sizes, kind: str) -> dict[str, 
     for name in tensors:
         if name not in table:
             raise CheckpointError(
-                f"unknown tensor {name!r} {list(tensors[name].shape)} in a {kind} checkpoint of {sizes.layers} "
-                f"layers; expected only the published names, such as 'blocks.0.att.key.weight'"
+                f"unknown tensor {name!r} {list(tensors[name].shape)} in a {kind} checkpoint of "
+                f"{sizes.layers} layers; expected only the published names, such as 'blocks.0.att.key.weight'"
             )
     result = {}
     for name, (ours, letters) in table.items():
@@ -118,13 +124,16 @@ def rename(tensors: Mapping[str, Tensor], sizes: Sizes, kind: str) -> dict[str, 
             fits = tensor.numel() == expected[0] and max(tensor.shape, default=1) == expected[0]
         if not fits:
             raise CheckpointError(
-                f"the tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected)} in a {kind} checkpoint"
+                f"the tensor {name!r} has shape {list(tensor.shape)}; "
+                f"expected {list(expected)} in a {kind} checkpoint"
             )
         if not tensor.is_floating_point():
             raise CheckpointError(f"the tensor {name!r} is {tensor.dtype}; expected a floating dtype")
         value = tensor.detach().reshape(expected).to(torch.float32).contiguous()
         if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"the tensor {name!r} holds values that are not finite; expected finite weights")
+            raise CheckpointError(
+                f"the tensor {name!r} holds values that are not finite; expected finite weights"
+            )
         result[ours] = value
     return result
 
@@ -133,7 +142,8 @@ def _matrix(tensors: Mapping[str, Tensor], name: str, meaning: str, kind: str) -
     if name not in tensors:
         found = ", ".join(sorted(tensors)[:3])
         raise CheckpointError(
-            f"the tensor {name!r} {meaning} is missing, so this is no {kind} checkpoint; it begins with {found}"
+            f"the tensor {name!r} {meaning} is missing, so this is no {kind} checkpoint; "
+            f"it begins with {found}"
         )
     tensor = tensors[name]
     if tensor.dim() != 2 or 0 in tensor.shape:

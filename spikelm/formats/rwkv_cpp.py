@@ -1,9 +1,9 @@
 """Read the float files of rwkv.cpp (magic ``ggmf``), plain or compressed with xz.
 
 Layout, little endian: six int32 (magic, version, vocabulary, hidden, layers, dtype), then per tensor int32
-number of dimensions, key length and dtype, the dimensions (innermost first), the key, the data. The file stores
-``time_decay`` as ``-exp(time_decay)``; :func:`read_rwkv_cpp` undoes that, so names and values are those of a
-``.pth`` file.
+number of dimensions, key length and dtype, the dimensions (innermost first), the key, the data. The file
+stores ``time_decay`` as ``-exp(time_decay)``; :func:`read_rwkv_cpp` undoes that, so names and values are
+those of a ``.pth`` file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import lzma
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from spikelm.errors import CheckpointError
 
 MAGIC = 0x67676D66
-DTYPES = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
+DTYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 MAX_KEY_LENGTH = 256
 MAX_DIMENSIONS = 3
 
@@ -38,7 +39,8 @@ class _Reader:
         left = len(self.data) - self.position
         if count > left:
             raise CheckpointError(
-                f"{str(self.path)!r} is truncated: {what} needs {count} bytes at offset {self.position}, {left} are left"
+                f"{str(self.path)!r} is truncated: {what} needs {count} bytes "
+                f"at offset {self.position}, {left} are left"
             )
         self.position += count
         return self.data[self.position - count : self.position]
@@ -89,7 +91,9 @@ def read_rwkv_cpp(path: Path) -> dict[str, Tensor]:
         got = None if embedding is None else list(embedding.shape)
         raise CheckpointError(f"'emb.weight' has shape {got}; expected {[vocab, hidden]}, as the header says")
     if f"blocks.{layers - 1}.ln1.weight" not in tensors or f"blocks.{layers}.ln1.weight" in tensors:
-        raise CheckpointError(f"{str(path)!r} does not hold the {layers} layers its header (version {version}) promises")
+        raise CheckpointError(
+            f"{str(path)!r} does not hold the {layers} layers its header (version {version}) promises"
+        )
     for name in list(tensors):
         if name.endswith("att.time_decay"):
             if bool((tensors[name] >= 0).any()):

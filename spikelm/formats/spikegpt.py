@@ -1,8 +1,9 @@
 """SpikeGPT's published weights (``.pth`` of ridgerchu/SpikeGPT, arXiv 2302.13939).
 
-The model is our placement ``after``: LIF neurons (tau 2, threshold 1, hard reset, decaying input) on the output
-of every time mix and channel mix. Training always used a binary embedding; the released inference code applies it
-for one vocabulary only. Which of the two a checkpoint expects cannot be seen in its tensors, so the caller says it.
+The model is our placement ``after``: LIF neurons (tau 2, threshold 1, hard reset, decaying input) on the
+output of every time mix and channel mix. Training always used a binary embedding; the released inference
+code applies it for one vocabulary only. Which of the two a checkpoint expects cannot be seen in its tensors,
+so the caller says it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def read_spikegpt(path: Path, *, binary_embedding: bool) -> Converted:
 
     Args:
         path: the ``.pth`` file.
-        binary_embedding: whether the embedding goes through a Heaviside neuron (as in training) or stays dense.
+        binary_embedding: whether the embedding goes through a Heaviside neuron (as in training).
 
     Raises:
         CheckpointError: if the file is no plain file of tensors, or a tensor is missing, unknown or has

@@ -154,4 +154,4 @@ def test_a_missing_block_is_named(tmp_path: Path, published: SimpleNamespace) ->
 
 
 def test_the_object_a_foreign_pickle_asks_for_is_named(tmp_path: Path) -> None:
-    refused({"emb.weight": Payload(tmp_path / "pwned")}, tmp_path, "refused", "pathlib")
+    refused({"emb.weight": Payload(tmp_path / "pwned")}, tmp_path, "refused", "Python object")
