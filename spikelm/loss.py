@@ -111,7 +111,7 @@ def next_token_loss(
         tokens_in: [B, T] int64.
         targets: [B, T] int64, the token that follows each input, or ``ignore_index``.
         state: incoming state, None for the initial one.
-        ctx: context of the pass; auxiliary losses are collected (and added) only when ``ctx.losses`` is a list.
+        ctx: context of the pass; auxiliary losses are collected and added when ``ctx.losses`` is a list.
         l2wrap: factor of the L2Wrap gradient, 1e-4 as published.
         ignore_index: the target that is not counted.
         chunk_tokens: tokens of one row per head chunk; None chooses by the vocabulary, 0 never chunks.

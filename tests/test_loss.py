@@ -41,12 +41,13 @@ def gradients(built: SpikeLM, loss: Tensor) -> dict[str, Tensor]:
     built.zero_grad()
     loss.backward()
     return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in built.named_parameters()
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in built.named_parameters()
     }
 
 
 def plain(built: SpikeLM, tokens: Tensor, targets: Tensor, ctx: Context, l2wrap: float) -> Tensor:
-    """The reference: all logits at once; L2Wrap as a loss whose gradient is that of the published function."""
+    """The reference: all logits at once; L2Wrap as a loss that has its published gradient."""
     logits, _ = built(tokens, None, ctx)
     value = F.cross_entropy(logits.reshape(-1, V), targets.reshape(-1), ignore_index=-100)
     counted = targets != -100
@@ -98,7 +99,9 @@ def test_incoming_state_is_used() -> None:
 @pytest.mark.parametrize("chunk", [0, 5])
 def test_auxiliary_losses_are_added_and_handed_out(chunk: int) -> None:
     target = {"target": 0.2, "weight": 0.5}
-    built = model(neuron={"name": "heaviside", "rate_target": target}, head_neuron={**LIF, "rate_target": target})
+    built = model(
+        neuron={"name": "heaviside", "rate_target": target}, head_neuron={**LIF, "rate_target": target}
+    )
     tokens, targets = batch()
     without = next_token_loss(built, tokens, targets, chunk_tokens=chunk)
     losses: list[Tensor] = []
@@ -115,7 +118,9 @@ def test_recomputation_is_not_metered() -> None:
     seen = {}
     for chunk in (0, 4):
         meter = Meter()
-        next_token_loss(built, tokens, targets, None, Context(meter=meter), chunk_tokens=chunk).loss.backward()
+        next_token_loss(
+            built, tokens, targets, None, Context(meter=meter), chunk_tokens=chunk
+        ).loss.backward()
         seen[chunk] = meter.summary()["projections"]["head"]
     assert seen[0]["tokens"] == seen[4]["tokens"] == B * T
     assert seen[0]["firing_rate"] == pytest.approx(seen[4]["firing_rate"])

@@ -1,0 +1,293 @@
+"""The configuration of a training run: one YAML file, checked before anything else happens.
+
+Every value that changes the numbers of a run is here, so a checkpoint can say whether it belongs to a
+configuration. Unknown keys, wrong types and impossible values are one sentence that names the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from spikelm.errors import ConfigError, nearest
+from spikelm.presets import find
+from spikelm.train.yaml_values import parse_value, read_yaml
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Betas = Annotated[tuple[Beta, Beta], Strict(False)]
+
+PUBLISHED_ADAM = {"betas": (0.9, 0.99), "eps": 4e-9, "weight_decay": 0.0}
+ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict types, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Text, tokenizer and block length.
+
+    Attributes:
+        train: source specification (a file, a folder, ``file.jsonl#field``, ``builtin:python-docs#train``).
+        valid: source for evaluation, or None for no evaluation.
+        tokenizer: ``bytes``, a tokenizer.json, or a folder that holds one.
+        block_length: tokens of one sample.
+        cache: folder of the tokenised blocks; None lets the data code choose.
+    """
+
+    train: str
+    valid: str | None = None
+    tokenizer: str = "bytes"
+    block_length: Positive = 256
+    cache: str | None = None
+
+
+class MuonConfig(Section):
+    """Options of Muon for the hidden matrices; the other parameters use AdamW with ``optim.lr``.
+
+    Attributes:
+        lr: peak learning rate of the matrices; None takes ``optim.lr`` (the update is scaled to AdamW's RMS).
+        weight_decay: None takes ``optim.weight_decay``.
+        momentum: momentum of the matrices.
+        nesterov: Nesterov form of the momentum.
+        ns_steps: Newton-Schulz iterations.
+    """
+
+    lr: Rate | None = None
+    weight_decay: Weight | None = None
+    momentum: Beta = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+
+
+class OptimConfig(Section):
+    """Optimiser. What is None takes the default of the named optimiser, so the log shows every value.
+
+    Attributes:
+        name: ``adamw`` (betas .9/.95, eps 1e-8, decay 0.1 on matrices only), ``adam`` (as SpikeGPT published:
+            betas .9/.99, eps 4e-9, no decay) or ``muon``.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the schedule.
+        betas: decay rates of Adam's moments.
+        eps: Adam's epsilon.
+        weight_decay: decoupled decay of the matrices.
+        clip: largest global gradient norm; 0 does not clip.
+        muon: options of Muon.
+    """
+
+    name: Literal["adamw", "adam", "muon"] = "adamw"
+    lr: Rate = 1e-3
+    min_lr: Weight = 1e-5
+    betas: Betas | None = None
+    eps: Rate | None = None
+    weight_decay: Weight | None = None
+    clip: Weight = 1.0
+    muon: MuonConfig = MuonConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """Fill what is missing with the defaults of the named optimiser."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        for key, value in (PUBLISHED_ADAM if filled.get("name") == "adam" else ADAMW).items():
+            if filled.get(key) is None:
+                filled[key] = value
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        """The learning rate may not rise at the end; published Adam has no decay."""
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}, above lr {self.lr}; choose min_lr <= lr")
+        if self.name == "adam" and self.weight_decay:
+            raise ValueError("weight_decay is not part of the published adam; use name: adamw for decay")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps.
+
+    Attributes:
+        name: ``cosine``, ``wsd`` (warm-up, stable, decay), ``constant`` or ``exponential``.
+        warmup: steps of linear warm-up.
+        decay: share of all steps that ``wsd`` spends decaying.
+    """
+
+    name: Literal["cosine", "wsd", "constant", "exponential"] = "cosine"
+    warmup: Count = 0
+    decay: Share = 0.2
+
+
+class TrainConfig(Section):
+    """A whole run.
+
+    Attributes:
+        model: a preset, a file, or a mapping: either a complete model configuration or ``preset: NAME`` with
+            values that replace the preset's; ``twin: true`` turns every neuron off. Without an own
+            ``vocab_size`` the model takes the tokenizer's.
+        data, optim, schedule: see the sections.
+        steps: optimiser steps.
+        batch_size: samples of one optimiser step, whatever the accumulation.
+        accumulation: micro-batches into which a step's samples are split.
+        precision: ``fp32``, or ``bf16`` (autocast; master weights, states and neuron parameters stay fp32).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        seed: seed of initial weights, sample order and dropout.
+        eval_every: steps between evaluations (0: only at the end).
+        eval_batches: batches of one evaluation (0: the whole validation set).
+        sample_every: steps between written samples (0: none).
+        sample_prompt, sample_tokens: how a sample starts and how long it is.
+        checkpoint_every: steps between checkpoints (0: only at the end).
+        keep: checkpoints that are kept.
+        log_every: steps between lines of the log.
+        l2wrap: factor of the L2Wrap gradient (1e-4 as SpikeGPT published, 0 for none).
+        gradient_checkpointing: recompute blocks in backward to save memory.
+        out: folder of the run.
+        resume: continue the run found in ``out``.
+    """
+
+    model: str | dict[str, Any]
+    data: DataConfig
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    steps: Positive = 1000
+    batch_size: Positive = 16
+    accumulation: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    eval_every: Count = 200
+    eval_batches: Count = 20
+    sample_every: Count = 0
+    sample_prompt: str = "The "
+    sample_tokens: Positive = 120
+    checkpoint_every: Count = 200
+    keep: Positive = 2
+    log_every: Positive = 10
+    l2wrap: Weight = 0.0
+    gradient_checkpointing: bool = False
+    out: str = "runs/train"
+    resume: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        """Sizes that contradict one another."""
+        if self.accumulation > self.batch_size:
+            raise ValueError(
+                f"accumulation is {self.accumulation} and batch_size {self.batch_size}; "
+                "each micro-batch needs at least one sample"
+            )
+        if self.schedule.warmup > self.steps:
+            raise ValueError(f"schedule.warmup is {self.schedule.warmup}, longer than the {self.steps} steps")
+        return self
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Checked configuration.
+
+        Raises:
+            ConfigError: one sentence that names the first wrong key.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from error
+
+    @classmethod
+    def from_yaml(cls, source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Read a file, or a preset of configs/train by name, and apply ``key=value`` overrides.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value is wrong.
+        """
+        return cls.from_dict(apply_overrides(read_yaml(find("train", source)), overrides))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``values`` with dotted ``key=value`` pairs applied; values are parsed as YAML.
+
+    ``model=NAME`` replaces the model; ``model.hidden_size=128`` changes a value of the named preset.
+
+    Raises:
+        ConfigError: a pair without ``=``, or a key inside something that is no section.
+    """
+    result: dict[str, Any] = _copy(values)
+    for pair in overrides:
+        key, equals, text = pair.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            raise ConfigError(f"override {pair!r} is not of the form key=value, for example optim.lr=3e-4")
+        node: Any = result
+        for depth, name in enumerate(path[:-1]):
+            child = node.get(name)
+            if path[: depth + 1] == ["model"] and isinstance(child, str):
+                child = node[name] = {"preset": child}
+            if child is None:
+                child = node[name] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(
+                    f"override {pair!r}: {'.'.join(path[: depth + 1])} is a value, not a section"
+                )
+            node = child
+        node[path[-1]] = parse_value(text, where=f"override {pair!r}")
+    return result
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a failed validation as one sentence that names the key."""
+    problems = error.errors()
+    # An unknown key explains a missing one (a typo), so it is told first.
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    names = [str(part) for part in first["loc"]]
+    section, known = _section(model, names)
+    if first["type"] == "extra_forbidden":
+        full = [".".join([*section, name]) for name in known]
+        return f"training configuration: {nearest('key', '.'.join(names), full)}"
+    key = ".".join(_without_types(names)) or "the configuration"
+    got = first.get("input")
+    if first["type"] == "missing":
+        return f"training configuration: {key} is missing; it has no default"
+    if first["type"] == "value_error":
+        where = f"{key}: " if names else ""
+        return f"training configuration: {where}{first['ctx']['error']}"
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    return f"training configuration: {key} is {got!r} ({type(got).__name__}); {reason}"
+
+
+def _section(model: type[BaseModel], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The section a location lies in, and the keys that exist there."""
+    section: list[str] = []
+    for name in names[:-1]:
+        field = model.model_fields.get(name)
+        inner = [field.annotation, *get_args(field.annotation)] if field is not None else []
+        nested = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not nested:
+            break
+        section.append(name)
+        model = nested[0]
+    return section, list(model.model_fields)
+
+
+def _without_types(names: Sequence[str]) -> list[str]:
+    """A pydantic location without the branch names of unions (``model.str`` is ``model``)."""
+    return [name for name in names if name not in {"str", "dict[str,any]"}]
+
+
+def _copy(values: Any) -> Any:
+    """Deep copy of nested dictionaries and lists."""
+    if isinstance(values, dict):
+        return {key: _copy(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_copy(value) for value in values]
+    return values

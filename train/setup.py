@@ -1,0 +1,107 @@
+"""From a configuration to the objects of a run: tokenizer, blocks, model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spikelm.config import ModelConfig
+from spikelm.errors import ConfigError
+from spikelm.model import SpikeLM
+
+if TYPE_CHECKING:
+    from spikelm.data.blocks import TokenBlocks
+    from spikelm.tokenizer import Tokenizer
+    from spikelm.train.config import DataConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Tokenizer and token blocks of a run."""
+
+    tokenizer: Tokenizer
+    train: TokenBlocks
+    valid: TokenBlocks | None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the training numbers depend on, under the names of the configuration keys."""
+        return {
+            "data.tokenizer (fingerprint)": self.tokenizer.sha256,
+            "data.train (fingerprint)": self.train.store.index.tokens_sha256,
+        }
+
+
+def load_text(config: DataConfig) -> Text:
+    """Open and tokenise the sources (once: the blocks are cached).
+
+    Raises:
+        DataError: a source or tokenizer cannot be used, or there is not one block of text.
+    """
+    from spikelm.data import TokenBlocks, open_source
+    from spikelm.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(config.tokenizer)
+    cache = None if config.cache is None else Path(config.cache)
+
+    def blocks(spec: str) -> TokenBlocks:
+        return TokenBlocks.build(open_source(spec), tokenizer, config.block_length, cache)
+
+    valid = None if config.valid is None else blocks(config.valid)
+    return Text(tokenizer=tokenizer, train=blocks(config.train), valid=valid)
+
+
+def model_config(model: str | Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfig:
+    """The model of a training configuration.
+
+    Args:
+        model: preset, file, or mapping (see :class:`spikelm.train.config.TrainConfig`).
+        tokenizer: gives vocabulary size and special tokens where the configuration does not.
+
+    Raises:
+        ConfigError: the model is not valid, or its vocabulary is smaller than the tokenizer's.
+    """
+    own: dict[str, Any] = {"preset": model} if isinstance(model, str) else dict(model)
+    preset, twin = own.pop("preset", None), own.pop("twin", False)
+    if not isinstance(twin, bool):
+        raise ConfigError(f"model.twin is {twin!r}; expected true or false")
+    base = {} if preset is None else ModelConfig.from_yaml(preset).to_dict()
+    from_tokenizer = {
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
+        "pad_token_id": None,
+    }
+    config = ModelConfig.from_dict({**_merge(base, own), **_without(from_tokenizer, own)})
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {config.vocab_size} and the tokenizer has {tokenizer.vocab_size} tokens; "
+            "leave model.vocab_size out or make it at least as large"
+        )
+    return config.twin() if twin else config
+
+
+def build_model(config: TrainConfig, tokenizer: Tokenizer) -> SpikeLM:
+    """The model with the initial weights of the run's seed."""
+    resolved = model_config(config.model, tokenizer)
+    torch.manual_seed(config.seed)
+    return SpikeLM(resolved)
+
+
+def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``own``; a part that is not named anew keeps its other options."""
+    merged = dict(base)
+    for key, value in own.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping) and "name" not in value:
+            merged[key] = _merge(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _without(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in given}

@@ -1,0 +1,190 @@
+"""What a resumed run needs beside the model: progress, optimiser tensors, checksums.
+
+Two files beside the model in a checkpoint folder: ``training.safetensors`` (optimiser and random state) and
+``training.json`` (progress, configuration, sizes and SHA-256 of every other file, and a checksum of itself).
+Only resume reads them, nothing is unpickled, and nothing is used before its checksum was compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spikelm.errors import CheckpointError
+from spikelm.train.files import replace_text, sha256, sync_file
+
+RECORD = "training.json"
+TENSORS = "training.safetensors"
+FORMAT = 1
+
+FREE_KEYS = frozenset(
+    {
+        *("out", "resume", "device", "accumulation", "gradient_checkpointing", "keep", "log_every"),
+        *("eval_every", "eval_batches", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every"),
+        *("data.train", "data.valid", "data.tokenizer", "data.cache", "steps", "model"),
+    }
+)
+"""Configuration keys that may differ on resume: they do not say which run it is. (``model`` is compared in
+its resolved form, text and tokenizer by their fingerprints, because a file may move; ``steps`` may be changed
+to make a run longer or shorter.)"""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is; the counts are those after ``step`` optimiser steps.
+
+    Attributes:
+        step: optimiser steps done.
+        samples: samples used; the next batch starts at this global sample index.
+        tokens: tokens used.
+        seconds: time spent in training steps, over all resumes.
+        nats, count, nbytes, aux: sums since the last log line (nats, counted tokens, their UTF-8 bytes,
+            auxiliary losses), so that a resumed run logs the same means.
+        interval: steps since the last log line.
+        evaluated: step of the last evaluation (-1: none).
+        evaluation: the last evaluation as JSON values, or None.
+        train_loss: mean nats per token at the last log line, or None.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    nats: float = 0.0
+    count: int = 0
+    nbytes: int = 0
+    aux: float = 0.0
+    interval: int = 0
+    evaluated: int = -1
+    evaluation: dict[str, Any] | None = None
+    train_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What makes a run this run: two runs with the same identity are the same numbers.
+
+    Attributes:
+        config: the training configuration as nested dictionaries.
+        model: the resolved model configuration.
+        data: name -> fingerprint of tokenizer and training data.
+    """
+
+    config: Mapping[str, Any]
+    model: Mapping[str, Any]
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def differences(self, other: Identity) -> list[str]:
+        """Sentences ``key is X in the checkpoint and Y now`` for every key that matters."""
+        found = []
+        mine, theirs = self._flat(), other._flat()
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                found.append(f"{key} is {theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now")
+        return found
+
+    def _flat(self) -> dict[str, Any]:
+        config = {key: value for key, value in _flatten(self.config).items() if not _is_free(key)}
+        model = {f"model.{key}": value for key, value in _flatten(self.model).items()}
+        return {**config, **model, **_flatten(self.data)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Contents of ``training.json``."""
+
+    progress: Progress
+    identity: Identity
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; lists are compared as a whole, as JSON would store them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + str(key)] = json.loads(json.dumps(value))
+    return flat
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """Checksum of everything in a record except the checksum itself."""
+    body = {key: value for key, value in values.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write ``training.json`` over all other files of ``folder``, which are made durable first."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != RECORD:
+            sync_file(path)
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "progress": dataclasses.asdict(record.progress),
+        "config": record.identity.config,
+        "model": record.identity.model,
+        "data": record.identity.data,
+        "files": files,
+    }
+    values["checksum"] = _checksum(values)
+    replace_text(folder / RECORD, json.dumps(values, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> Record:
+    """Read ``training.json`` and compare every checksum in it with the files.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed, or the record itself is.
+    """
+    path = folder / RECORD
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if not isinstance(values, dict) or values.get("checksum") != _checksum(values):
+        raise CheckpointError(f"{path} was changed after it was written (its checksum does not match)")
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
+    for name, expected in values["files"].items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else -1
+        if size < 0:
+            raise CheckpointError(f"{file} is missing")
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}")
+        if sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} is corrupted (its SHA-256 does not match)")
+    identity = Identity(config=values["config"], model=values["model"], data=values["data"])
+    return Record(progress=Progress(**values["progress"]), identity=identity)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``training.safetensors``."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS
+    )
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read ``training.safetensors`` (checksums are compared by :func:`read_record`)."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / TENSORS)
