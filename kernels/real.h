@@ -1,4 +1,4 @@
-/* What every kernel shares: the working precision, an exponential that vectorises, the block shape.
+/* What every kernel shares: the working precision, an exponential that vectorises, a sum in a fixed order.
  *
  * A kernel is compiled once per precision: plainly for float, with -DSPIKELM_DOUBLE for double. The
  * functions here use no intrinsics, so that any C compiler may vectorise the loops that call them. A lane of
@@ -18,7 +18,7 @@ typedef double real;
 typedef float real;
 #endif
 
-/* Forces the copy of a loop whose trip count is a constant (see DISPATCH_BLOCK). */
+/* Always copied into the caller: loops vectorise across the call, and flags given as literals leave no branch. */
 #define INLINE static inline __attribute__((always_inline))
 
 /* Empty state of a running maximum: finite, so that differences of two of them are zero and not NaN. */
@@ -36,16 +36,6 @@ static inline void sum_rows(int64_t rows, int64_t channels, const real *restrict
         }
     }
 }
-
-/* Calls f(count, ...) with a literal count for full blocks, which need no remainder loop. */
-#define DISPATCH_BLOCK(f, count, ...)       \
-    do {                                    \
-        if ((count) == BLOCK) {             \
-            f(BLOCK, __VA_ARGS__);          \
-        } else {                            \
-            f((int)(count), __VA_ARGS__);   \
-        }                                   \
-    } while (0)
 
 #ifdef SPIKELM_DOUBLE
 

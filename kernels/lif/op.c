@@ -21,7 +21,7 @@ struct neuron {
 };
 
 /* Charged membrane h; *drive receives d h / d rate. */
-INLINE real charge(const int decay_input, real x, real v, real rate, real v_reset, real *drive) {
+INLINE real charge(int decay_input, real x, real v, real rate, real v_reset, real *drive) {
     const real above = v - v_reset;
     if (decay_input) {
         *drive = x - above;
@@ -32,7 +32,7 @@ INLINE real charge(const int decay_input, real x, real v, real rate, real v_rese
 }
 
 /* All pointers already point at the first channel of the block in the row. */
-INLINE void forward_block(const int count, const int decay_input, const int soft_reset, int64_t steps,
+INLINE void forward_block(int count, int decay_input, int soft_reset, int64_t steps,
                           int64_t channels, const struct neuron *neuron, const real *restrict x,
                           const real *restrict v_in, const real *restrict rate, const uint8_t *restrict reset,
                           const uint8_t *restrict valid, real *restrict spikes, real *restrict v_out,
@@ -116,7 +116,7 @@ struct tape {
     real drive[SEGMENT][BLOCK]; /* d h / d rate */
 };
 
-INLINE void recompute_segment(const int count, const int decay_input, const int soft_reset, int64_t first,
+INLINE void recompute_segment(int count, int decay_input, int soft_reset, int64_t first,
                               int64_t last, int64_t channels, const struct neuron *neuron,
                               const real *restrict x, const real *restrict rate,
                               const real *restrict checkpoint, const uint8_t *restrict reset,
@@ -150,7 +150,7 @@ INLINE void recompute_segment(const int count, const int decay_input, const int 
     }
 }
 
-INLINE void backward_block(const int count, const int decay_input, const int soft_reset, int64_t steps,
+INLINE void backward_block(int count, int decay_input, int soft_reset, int64_t steps,
                            int64_t channels, const struct neuron *neuron, const real *restrict x,
                            const real *restrict rate, const uint8_t *restrict reset,
                            const uint8_t *restrict valid, const real *restrict checkpoints,
@@ -211,20 +211,18 @@ INLINE void backward_block(const int count, const int decay_input, const int sof
 }
 
 /* Calls f with literal flags, so that each variant is a branch-free loop. */
-#define DISPATCH_VARIANT(f, count, neuron, ...)                       \
-    do {                                                              \
-        if ((neuron)->decay_input && !(neuron)->soft_reset) {         \
-            DISPATCH_BLOCK(f, count, 1, 0, __VA_ARGS__);              \
-        } else if ((neuron)->decay_input) {                           \
-            DISPATCH_BLOCK(f, count, 1, 1, __VA_ARGS__);              \
-        } else if (!(neuron)->soft_reset) {                           \
-            DISPATCH_BLOCK(f, count, 0, 0, __VA_ARGS__);              \
-        } else {                                                      \
-            DISPATCH_BLOCK(f, count, 0, 1, __VA_ARGS__);              \
-        }                                                             \
+#define DISPATCH_VARIANT(f, count, neuron, ...)                \
+    do {                                                       \
+        if ((neuron)->decay_input && !(neuron)->soft_reset) {  \
+            f(count, 1, 0, __VA_ARGS__);                       \
+        } else if ((neuron)->decay_input) {                    \
+            f(count, 1, 1, __VA_ARGS__);                       \
+        } else if (!(neuron)->soft_reset) {                    \
+            f(count, 0, 0, __VA_ARGS__);                       \
+        } else {                                               \
+            f(count, 0, 1, __VA_ARGS__);                       \
+        }                                                      \
     } while (0)
-
-int64_t lif_segment(void) { return SEGMENT; }
 
 void lif_forward(int64_t rows, int64_t steps, int64_t channels, const struct neuron *neuron, const real *x,
                  const real *v_in, const real *rate, const uint8_t *reset, const uint8_t *valid, real *spikes,
@@ -235,7 +233,7 @@ void lif_forward(int64_t rows, int64_t steps, int64_t channels, const struct neu
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t c = block * BLOCK, at = row * steps * channels + c;
-            const int64_t count = channels - c < BLOCK ? channels - c : BLOCK;
+            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
             DISPATCH_VARIANT(forward_block, count, neuron, steps, channels, neuron, x + at,
                              v_in + row * channels + c, rate + c, reset ? reset + row * steps : NULL,
                              valid ? valid + row * steps : NULL, spikes + at, v_out + row * channels + c,
@@ -255,7 +253,7 @@ void lif_backward(int64_t rows, int64_t steps, int64_t channels, const struct ne
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t c = block * BLOCK, at = row * steps * channels + c, s = row * channels + c;
-            const int64_t count = channels - c < BLOCK ? channels - c : BLOCK;
+            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
             DISPATCH_VARIANT(backward_block, count, neuron, steps, channels, neuron, x + at, rate + c,
                              reset ? reset + row * steps : NULL, valid ? valid + row * steps : NULL,
                              checkpoints + row * segments * channels + c, grad_spikes + at, grad_v_out + s,

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from spikelm.kernels.wkv4 import reference
 from spikelm.kernels.wkv4.reference import EMPTY_MAX
 
 LONGEST_CHUNK = 64
@@ -31,8 +32,8 @@ def wkv4(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, C] and state [B, 3, C] of decay [C], bonus [C], k and v [B, T, C]; one floating dtype."""
     batch, steps, channels = k.shape
-    if steps == 0:
-        return torch.zeros_like(v), state.clone()
+    if steps <= 1:
+        return reference.wkv4(decay, bonus, k, v, state, reset, valid)
     length = min(LONGEST_CHUNK, math.isqrt(steps - 1) + 1)
     extra = -steps % length
     if valid is None and extra:

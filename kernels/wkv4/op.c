@@ -25,7 +25,7 @@ INLINE void weigh(real a, real b, real *weight_a, real *weight_b) {
 
 INLINE real larger(real a, real b) { return a > b ? a : b; }
 
-INLINE void load_state(const int count, const real *state, int64_t channels, real *num, real *den, real *max) {
+INLINE void load_state(int count, const real *state, int64_t channels, real *num, real *den, real *max) {
     for (int i = 0; i < count; i++) {
         num[i] = state[i];
         den[i] = state[channels + i];
@@ -33,7 +33,7 @@ INLINE void load_state(const int count, const real *state, int64_t channels, rea
     }
 }
 
-INLINE void store_state(const int count, real *state, int64_t channels, const real *num, const real *den,
+INLINE void store_state(int count, real *state, int64_t channels, const real *num, const real *den,
                         const real *max) {
     for (int i = 0; i < count; i++) {
         state[i] = num[i];
@@ -42,7 +42,7 @@ INLINE void store_state(const int count, real *state, int64_t channels, const re
     }
 }
 
-INLINE void empty_state(const int count, real *num, real *den, real *max) {
+INLINE void empty_state(int count, real *num, real *den, real *max) {
     for (int i = 0; i < count; i++) {
         num[i] = 0;
         den[i] = 0;
@@ -51,7 +51,7 @@ INLINE void empty_state(const int count, real *num, real *den, real *max) {
 }
 
 /* All pointers already point at the first channel of the block in the row. */
-INLINE void forward_block(const int count, int64_t steps, int64_t channels, const real *restrict decay,
+INLINE void forward_block(int count, int64_t steps, int64_t channels, const real *restrict decay,
                           const real *restrict bonus, const real *restrict k, const real *restrict v,
                           const real *restrict state_in, const uint8_t *restrict reset,
                           const uint8_t *restrict valid, real *restrict y, real *restrict state_out,
@@ -93,7 +93,7 @@ struct tape {
     real y[SEGMENT][BLOCK], inverse[SEGMENT][BLOCK];     /* output and 1 / its denominator */
 };
 
-INLINE void recompute_segment(const int count, int64_t first, int64_t last, int64_t channels,
+INLINE void recompute_segment(int count, int64_t first, int64_t last, int64_t channels,
                               const real *restrict decay, const real *restrict bonus, const real *restrict k,
                               const real *restrict v, const real *restrict checkpoint,
                               const uint8_t *restrict reset, const uint8_t *restrict valid,
@@ -132,7 +132,7 @@ INLINE void recompute_segment(const int count, int64_t first, int64_t last, int6
 }
 
 /* Gradients of num and den are taken at a fixed max, which only scales them. */
-INLINE void backward_block(const int count, int64_t steps, int64_t channels, const real *restrict decay,
+INLINE void backward_block(int count, int64_t steps, int64_t channels, const real *restrict decay,
                            const real *restrict bonus, const real *restrict k, const real *restrict v,
                            const uint8_t *restrict reset, const uint8_t *restrict valid,
                            const real *restrict checkpoints, const real *restrict grad_y,
@@ -198,8 +198,6 @@ INLINE void backward_block(const int count, int64_t steps, int64_t channels, con
     }
 }
 
-int64_t wkv4_segment(void) { return SEGMENT; }
-
 void wkv4_forward(int64_t rows, int64_t steps, int64_t channels, const real *decay, const real *bonus,
                   const real *k, const real *v, const real *state_in, const uint8_t *reset,
                   const uint8_t *valid, real *y, real *state_out, real *checkpoints, int threads) {
@@ -209,8 +207,8 @@ void wkv4_forward(int64_t rows, int64_t steps, int64_t channels, const real *dec
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t c = block * BLOCK, at = row * steps * channels + c, s = row * 3 * channels + c;
-            const int64_t count = channels - c < BLOCK ? channels - c : BLOCK;
-            DISPATCH_BLOCK(forward_block, count, steps, channels, decay + c, bonus + c, k + at, v + at,
+            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
+            forward_block(count, steps, channels, decay + c, bonus + c, k + at, v + at,
                            state_in + s, reset ? reset + row * steps : NULL,
                            valid ? valid + row * steps : NULL, y + at, state_out + s,
                            checkpoints + row * segments * 3 * channels + c);
@@ -230,8 +228,8 @@ void wkv4_backward(int64_t rows, int64_t steps, int64_t channels, const real *de
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t c = block * BLOCK, at = row * steps * channels + c, s = row * 3 * channels + c;
-            const int64_t count = channels - c < BLOCK ? channels - c : BLOCK;
-            DISPATCH_BLOCK(backward_block, count, steps, channels, decay + c, bonus + c, k + at, v + at,
+            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
+            backward_block(count, steps, channels, decay + c, bonus + c, k + at, v + at,
                            reset ? reset + row * steps : NULL, valid ? valid + row * steps : NULL,
                            checkpoints + row * segments * 3 * channels + c, grad_y + at, grad_state_out + s,
                            grad_k + at, grad_v + at, grad_state_in + s, decay_rows + row * channels + c,
