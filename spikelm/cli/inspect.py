@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from spikelm.cli._common import JsonOption, console, human_bytes, write_json
+from spikelm.config import NO_NEURON
+from spikelm.inspection import describe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +58,7 @@ def _show(inspection: Inspection, out: Console) -> None:
         table.add_row(Text(place), Text(neuron))
     out.print(table)
     out.print("Blocks")
-    out.print(_layers(inspection.layers))
+    out.print(_layers(inspection))
     if inspection.weights is not None:
         dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in inspection.weights["dtypes"].items())
         out.print(f"Weights: {human_bytes(inspection.weights['bytes'])} on disk, {dtypes}")
@@ -72,19 +72,31 @@ def _table(*heads: str) -> Table:
     return table
 
 
-def _layers(layers: Sequence[Layer]) -> Table:
-    """One row for every run of equal blocks, and below it their projections."""
-    table = _table("block", "part", "what", "number", "bytes")
-    table.columns[3].header, table.columns[4].header = "parameters", "state bytes"
-    for _, run in groupby(layers, key=lambda layer: replace(layer, index=0)):
-        alike = list(run)
-        first, last = alike[0], alike[-1]
-        span = str(first.index) if first is last else f"{first.index} to {last.index}"
-        each = " each" if first is not last else ""
-        table.add_row(
-            span, "mixer", Text(first.mixer), f"{first.parameters:,}{each}", f"{first.state_bytes:,}{each}"
-        )
+def _layers(inspection: Inspection) -> Table:
+    """One row for all equal blocks, and below it their projections."""
+    config = inspection.config
+    usual = describe(config.neuron if config.placement == "before" else NO_NEURON)
+    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    for head in ("block", "part", "what"):
+        table.add_column(head, overflow="fold")
+    for head in ("parameters", "state bytes"):
+        table.add_column(head, justify="right", no_wrap=True)
+    groups: dict[str, list[Layer]] = {}
+    for layer in inspection.layers:
+        groups.setdefault(repr(replace(layer, index=0)), []).append(layer)
+    for alike in groups.values():
+        first, each = alike[0], " each" if len(alike) > 1 else ""
+        sizes = (f"{first.parameters:,}{each}", f"{first.state_bytes:,}{each}")
+        table.add_row(_span([layer.index for layer in alike]), "mixer", Text(first.mixer), *sizes)
         table.add_row("", "channel", Text(first.channel), "", "")
         for path, what in first.projections.items():
-            table.add_row("", Text(f"  {path}"), Text(what), "", "")
+            # The neuron is told where it differs from the one that the table above names.
+            table.add_row("", Text(f"  {path}"), Text(what.removesuffix(f", {usual}")), "", "")
     return table
+
+
+def _span(indices: list[int]) -> str:
+    """[0, 1, 2, 3] -> ``0 to 3``; [0, 2, 4] -> ``0, 2, 4``."""
+    if len(indices) > 2 and indices == list(range(indices[0], indices[-1] + 1)):
+        return f"{indices[0]} to {indices[-1]}"
+    return ", ".join(map(str, indices))
