@@ -80,10 +80,10 @@ class Block(Part):
         new: State = {}
         y, new["mixer"] = self.mixer(self.mixer_norm(x), state["mixer"], ctx)
         y, new["mixer_neuron"] = self.mixer_neuron(y, state["mixer_neuron"], ctx)
-        x = x + y
+        x = x + y.to(x.dtype)
         y, new["channel"] = self.channel(self.channel_norm(x), state["channel"], ctx)
         y, new["channel_neuron"] = self.channel_neuron(y, state["channel_neuron"], ctx)
-        return x + y, new
+        return x + y.to(x.dtype), new
 
 
 def _build(registry: object, spec: object, config: ModelConfig, layer: int, kind: str) -> Part:

@@ -116,8 +116,9 @@ class ModelConfig:
 
     def twin(self) -> ModelConfig:
         """The continuous twin: the same model with every neuron off."""
-        off = {"neuron": NO_NEURON, "embedding_neuron": NO_NEURON, "head_neuron": NO_NEURON}
-        return dataclasses.replace(self, neuron_overrides={}, **off)
+        return dataclasses.replace(
+            self, neuron=NO_NEURON, embedding_neuron=NO_NEURON, head_neuron=NO_NEURON, neuron_overrides={}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and YAML."""

@@ -136,18 +136,27 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the core initialises itself (one function, spikelm.initialisation)."""
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
-        cast(SpikeLM, self.model).gradient_checkpointing = enable
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Recompute blocks in backward (always the non-reentrant form)."""
-        self._set_gradient_checkpointing(True)
+        """Recompute every block in backward (always the non-reentrant form).
+
+        Raises:
+            ConfigError: for every_n_layers or offload, which the core does not offer.
+        """
+        if every_n_layers != 1 or offload:
+            raise ConfigError(
+                f"activation checkpointing got every_n_layers={every_n_layers}, offload={offload}; "
+                "this model recomputes every block and keeps block inputs on the device: use 1 and False"
+            )
+        cast(SpikeLM, self.model).gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self._set_gradient_checkpointing(False)
+        cast(SpikeLM, self.model).gradient_checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -203,14 +212,14 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         head = self.model.head
         if head is None:
             raise ShapeError("this causal language model has no head")
-        return head.linear
+        return cast(nn.Module, head.linear)
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
@@ -244,27 +253,29 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         seen = 0 if past_key_values is None else past_key_values.length
         cache = RecurrentCache(state, seen + input_ids.shape[1]) if use_cache else None
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cast(Any, cache))
         return output if return_dict is not False else output.to_tuple()
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: RecurrentCache | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
-        use_cache: bool | None = True,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Only the tokens the state has not seen."""
+        """Only the tokens that the state has not seen; embeddings in place of tokens are refused."""
+        if inputs_embeds is not None:
+            raise ConfigError("generate got inputs_embeds; this model takes input_ids only")
         if past_key_values is not None:
             input_ids = input_ids[:, past_key_values.length :]
         return {
             "input_ids": input_ids,
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
-            "use_cache": use_cache,
+            "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }
 
@@ -277,9 +288,9 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
     def __init__(self, config: SpikeLMConfig) -> None:
         """Build the core without its head, and a linear classifier."""
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 2)
         self.model = SpikeLM(config.to_core(), with_head=False)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ProjectionCount:
     """Running sums of one projection's input."""
 
@@ -64,7 +64,14 @@ class Meter:
             zero = torch.zeros((), dtype=torch.float64, device=x.device)
             silent = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
             self.counts[path] = ProjectionCount(
-                spiking, x.shape[-1], out_features, *(zero.clone() for _ in range(4)), fired=silent
+                spiking=spiking,
+                in_features=x.shape[-1],
+                out_features=out_features,
+                tokens=zero.clone(),
+                nonzero=zero.clone(),
+                magnitude=zero.clone(),
+                clipped=zero.clone(),
+                fired=silent,
             )
         entry = self.counts[path]
         entry.tokens += rows.shape[0]

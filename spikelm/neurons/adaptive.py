@@ -59,6 +59,9 @@ class Adaptive(Neuron):
 
     def encode(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor | None, State]:
         """Integer counts [.., D] and the threshold [.., 1] that the product is to be scaled with."""
+        return self._counts(x, state, ctx)
+
+    def _counts(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor, State]:
         x = zero_invalid(x, ctx) if x.dim() == 3 else x
         counts, threshold = adaptive_encode(x, k=self.k, dead_zone=self.dead_zone, cap=self.cap)
         if x.dim() == 3:
@@ -67,7 +70,7 @@ class Adaptive(Neuron):
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """N V with V = mean|x| / k, n = round(x / V) outside the dead zone, 0 inside."""
-        counts, threshold, state = self.encode(x, state, ctx)
+        counts, threshold, state = self._counts(x, state, ctx)
         return counts * threshold, state
 
     def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:

@@ -141,7 +141,7 @@ def build_part(kind: str, cls: type[Any], options: Mapping[str, Any], *args: Any
     for base in cls.__mro__:
         if "__init__" not in base.__dict__:
             continue
-        parameters = inspect.signature(base.__init__).parameters.values()
+        parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
         known += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break  # a constructor without **options hides those of its bases
