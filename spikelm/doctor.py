@@ -313,25 +313,24 @@ def _kernels() -> Finding:
 
 
 def _cache() -> Finding:
+    from spikelm.data.store import default_cache_dir
     from spikelm.kernels.compile import cache_folder
 
-    folder = cache_folder()
-    details = {"path": str(folder)}
     mend = "Set SPIKELM_CACHE to a folder that can be written."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        found = f"{folder} cannot be written: {error.strerror}"
-        return Finding(name="cache", verdict="warn", found=found, mend=mend, details=details)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Finding(
-        name="cache",
-        verdict="ok",
-        found=f"{folder}, {size / 2**20:.1f} MiB",
-        details={**details, "bytes": size},
-    )
+    words, sizes = [], {}
+    for what, folder in (("kernels", cache_folder()), ("tokens", default_cache_dir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            found = f"{folder} cannot be written: {error.strerror}"
+            return Finding(
+                name="cache", verdict="warn", found=found, mend=mend, details={"path": str(folder)}
+            )
+        sizes[what] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        words.append(f"{what} in {folder} ({sizes[what] / 2**20:.1f} MiB)")
+    return Finding(name="cache", verdict="ok", found=", ".join(words), details={"bytes": sizes})
 
 
 _CHECKS: Mapping[str, Callable[[], Finding]] = {

@@ -14,6 +14,9 @@ import torch
 # More threads are slower on busy cores, and the sums of a matmul depend on how many there are.
 torch.set_num_threads(1)
 
+# Compiled kernels and token stores of tests stay out of the user's cache (`make clean` removes them).
+os.environ.setdefault("SPIKELM_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "spikelm"))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where torch sees none."""
