@@ -40,9 +40,10 @@ def evaluate(
     start: Annotated[
         str,
         typer.Option(
-            "--start", help="Token before every document: auto (bos, else eos, else none), bos, eos, none."
+            "--start",
+            help="Token before every document: none, bos or eos; with one, first tokens are scored too.",
         ),
-    ] = "auto",
+    ] = "none",
     tokenizer: Annotated[
         str | None,
         typer.Option("--tokenizer", help="Tokenizer to use instead of the checkpoint's; or 'bytes'."),

@@ -13,7 +13,7 @@ from spikelm.data.source import Source
 from spikelm.errors import ConfigError, DataError
 from spikelm.tokenizer import Tokenizer
 
-STARTS = ("auto", "none", "bos", "eos")
+STARTS = ("none", "bos", "eos")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ def start_token(tokenizer: Tokenizer, choice: str) -> int | None:
 
     Args:
         tokenizer: may have a beginning-of-text or an end-of-text token.
-        choice: ``bos``, ``eos``, ``none``, or ``auto``: bos where there is one, else eos, else none.
+        choice: ``bos``, ``eos`` or ``none``. Training resets the state before a document's own first token,
+            so ``none`` is what models trained here have seen; models trained on one stream of documents
+            have seen ``eos`` (or ``bos``) before a document.
 
     Raises:
         ConfigError: if the choice is unknown or the tokenizer has no such token.
@@ -60,15 +62,13 @@ def start_token(tokenizer: Tokenizer, choice: str) -> int | None:
     if choice == "none":
         return None
     options = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    if choice == "auto":
-        return options["bos"] if options["bos"] is not None else options["eos"]
     if options[choice] is None:
         raise ConfigError(f"the tokenizer has no {choice} token; use --start none")
     return options[choice]
 
 
 def read_corpus(
-    source: Source, tokenizer: Tokenizer, *, start: str = "auto", max_bytes: int | None = None
+    source: Source, tokenizer: Tokenizer, *, start: str = "none", max_bytes: int | None = None
 ) -> Corpus:
     """Read and tokenise a source.
 

@@ -291,10 +291,7 @@ def test_corpus_of_bpe_with_start(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_text(text + "é", encoding="utf-8")
     words = Tokenizer.train_bpe([text], 300)
-    for choice, expected in (
-        ("none", None),
-        ("auto", words.bos_id if words.bos_id is not None else words.eos_id),
-    ):
+    for choice, expected in (("none", None), ("eos", words.eos_id)):
         read = read_corpus(open_source(str(path)), words, start=choice)
         assert read.start_token == expected
         assert read.byte_lengths[0].sum() == read.bytes == len(text) + 2
