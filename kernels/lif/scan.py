@@ -21,6 +21,9 @@ def lif(
     x: Tensor, v: Tensor, rate: Tensor, neuron: Neuron, reset: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Spikes [B, T, C] and last membrane [B, C] of x [B, T, C], v [B, C], rate [C]; one floating dtype."""
+    if valid is not None:
+        # What stands at an invalid token (it may be NaN) stays out of every value and gradient.
+        x = torch.where(valid[..., None], x, 0.0)
     spikes, last = _Scan.apply(x, v, rate, neuron, reset, valid)  # type: ignore[no-untyped-call]
     return spikes, last
 

@@ -42,7 +42,7 @@ def wkv4(
     here = None if valid is None else _cut(valid[..., None], length)
     fresh = None if reset is None else _cut(reset[..., None], length)
     if here is not None:
-        # Whatever stands at an invalid token (it may be NaN) stays out of every sum and gradient.
+        # What stands at an invalid token (it may be NaN) stays out of every value and gradient.
         k, v = torch.where(here, k, 0.0), torch.where(here, v, 0.0)
 
     before, sums, last, last_top = _within_chunks(decay, k, v, fresh, here)

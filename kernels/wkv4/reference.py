@@ -42,6 +42,9 @@ def wkv4(
     """Output [B, T, C] and state [B, 3, C] of decay [C], bonus [C], k and v [B, T, C]; one floating dtype."""
     batch, steps, channels = k.shape
     empty = initial_state(batch, channels, k.device, k.dtype)
+    if valid is not None:
+        # What stands at an invalid token (it may be NaN) stays out of every value and gradient.
+        k, v = torch.where(valid[..., None], k, 0.0), torch.where(valid[..., None], v, 0.0)
     outputs = []
     for t in range(steps):
         if reset is not None:
