@@ -147,14 +147,7 @@ class Tokenizer:
         Raises:
             DataError: ``vocab_size`` leaves no room for the bytes, or the special tokens repeat.
         """
-        least = 256 + len(special_tokens)
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < least:
-            raise DataError(
-                f"vocab_size is {vocab_size!r}; expected an integer of at least {least} "
-                f"(256 bytes and {len(special_tokens)} special tokens)"
-            )
-        if len(set(special_tokens)) != len(special_tokens) or "" in special_tokens:
-            raise DataError(f"special tokens must be different and not empty, got {list(special_tokens)}")
+        cls.check_training(vocab_size, special_tokens)
         library = _tokenizers_library()
         core = library.Tokenizer(library.models.BPE())
         core.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -168,6 +161,18 @@ class Tokenizer:
         )
         core.train_from_iterator((part for text in texts for part in split_lines(checked(text))), trainer)
         return cls(json.loads(core.to_str()), where="the trained tokenizer")
+
+    @staticmethod
+    def check_training(vocab_size: int, special_tokens: Sequence[str]) -> None:
+        """Raise :class:`DataError` where :meth:`train_bpe` would, before any text is read."""
+        least = 256 + len(special_tokens)
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < least:
+            raise DataError(
+                f"vocab_size is {vocab_size!r}; expected an integer of at least {least} "
+                f"(256 for the bytes, {len(special_tokens)} for special tokens)"
+            )
+        if len(set(special_tokens)) != len(special_tokens) or "" in special_tokens:
+            raise DataError(f"special tokens must be different and not empty; got {list(special_tokens)}")
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and the chat template into ``folder``."""
