@@ -1,10 +1,10 @@
 """Run SpikeGPT's own code on a CPU, in its own environment, without changing a file of it.
 
-The benchmark starts this file with the peer's Python (``--peer-python``) on a checkout of ridgerchu/SpikeGPT that
-lies outside this project (``--repo``). Three things of the checkout cannot work without CUDA and are replaced in
-memory before its model is built: the just-in-time CUDA extension (not built), its WKV function (a loop over the
-recurrence in plain torch, differentiated by autograd) and the back-end of its LIF neurons (its own ``torch`` one
-instead of CuPy). Everything else, forward, backward and optimiser step, is theirs.
+The benchmark starts this file with the peer's Python (``--peer-python``) on a checkout of ridgerchu/SpikeGPT
+that lies outside this project (``--repo``). Three things of the checkout cannot work without CUDA and are
+replaced in memory before its model is built: the just-in-time CUDA extension (not built), its WKV function (a
+loop over the recurrence in plain torch, differentiated by autograd) and the back-end of its LIF neurons (its
+own ``torch`` one instead of CuPy). Everything else, forward, backward and optimiser step, is theirs.
 
 Modes: ``time`` prints step times as JSON; ``record`` writes a golden file for tests/formats::
 
@@ -87,10 +87,11 @@ def time_steps(args: argparse.Namespace) -> None:
     optimizer = model.configure_optimizers(options)
     model.train()
     tokens = torch.randint(0, args.vocab, (args.batch, args.length + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     seconds, losses = [], []
     for _ in range(args.warmup + args.steps):
         started = time.perf_counter()
-        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss = model(inputs, targets)
         functional.reset_net(model)
         model.zero_grad()
         loss.backward()
