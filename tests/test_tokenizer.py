@@ -370,7 +370,7 @@ def test_command_trains_and_describes(tmp_path: Path, capsys: pytest.CaptureFixt
     trained = json.loads(capsys.readouterr().out)
     again = Tokenizer.load(out)
     assert trained["sha256"] == again.sha256 and trained["vocab_size"] == again.vocab_size == 265
-    assert trained["bytes_per_token"] > 2 and trained["eos_id"] == 0
+    assert trained["bytes_per_token"] > 1.5 and trained["eos_id"] == 0
     assert main(["tokenizer", "info", str(out), "--text", "the cat", "--data", source]) == 0
     shown = capsys.readouterr().out
     assert again.sha256 in shown and "' cat'" in shown and f"{trained['bytes_per_token']:.3f}" in shown
