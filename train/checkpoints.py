@@ -108,7 +108,6 @@ class CheckpointStore:
             sync_folder(self.folder)
             point_at(self.latest, final)
             self._prune(step)
-            self._clear_partial()
         except (OSError, SafetensorError, CheckpointError) as error:
             with contextlib.suppress(OSError):
                 self._clear_partial()
@@ -143,6 +142,7 @@ class CheckpointStore:
                 continue
             self._set_aside(after=step)
             self._mend_pointer(folder, warn)
+            self._prune(step)
             return folder, record
         if steps:
             raise CheckpointError(
@@ -163,9 +163,11 @@ class CheckpointStore:
     def _prune(self, newest: int) -> None:
         """Remove all but the ``keep`` newest; each leaves its name first, so no half checkpoint has one."""
         for step in [step for step in self.steps() if step != newest][: -(self.keep - 1) or None]:
+            self._partial.mkdir(exist_ok=True)
             doomed = self._partial / f"old-{step:08d}"
             self.path(step).rename(doomed)
             shutil.rmtree(doomed)
+        self._clear_partial()
 
     def _set_aside(self, after: int) -> None:
         for step in self.steps():

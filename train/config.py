@@ -189,7 +189,10 @@ class TrainConfig(Section):
                 "each micro-batch needs at least one sample"
             )
         if self.schedule.warmup > self.steps:
-            raise ValueError(f"schedule.warmup is {self.schedule.warmup}, longer than the {self.steps} steps")
+            raise ValueError(
+                f"schedule.warmup is {self.schedule.warmup}, longer than the {self.steps} steps; "
+                "lower it or raise steps"
+            )
         return self
 
     @classmethod

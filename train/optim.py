@@ -199,7 +199,7 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
 
 
 def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`.
+    """Inverse of :func:`optimizer_tensors`; the tensors are taken over, not copied.
 
     Raises:
         TrainingError: a tensor belongs to no parameter, or its shape does not fit.

@@ -46,3 +46,8 @@ def silent_progress(
 ) -> Iterator[Bar]:
     """A bar that shows nothing."""
     yield _Silent()
+
+
+def printable(text: str) -> str:
+    """Text without control characters: an untrained model may write what would upset a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

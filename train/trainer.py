@@ -26,7 +26,7 @@ from spikelm.train.checkpoints import CheckpointStore
 from spikelm.train.evaluation import Evaluation, bits_per_byte, evaluate
 from spikelm.train.log import RunLog
 from spikelm.train.optim import StepReport
-from spikelm.train.reporting import Bar, ProgressFactory, silent_progress
+from spikelm.train.reporting import Bar, ProgressFactory, printable, silent_progress
 from spikelm.train.schedule import learning_rate
 from spikelm.train.setup import build_model, load_text
 from spikelm.train.spikes import SpikeWarnings, brief, spike_rate
@@ -170,7 +170,7 @@ class Trainer:
         )
         total = sum(batch.count for batch in batches)
         if total == 0:
-            raise TrainingError(f"step {state.step}: no token to predict in {describe(batches)}")
+            raise TrainingError(f"step {state.step + 1}: no token to predict in {describe(batches)}")
         for index, on_host in enumerate(batches):
             batch = on_host.to(backend.device)
             ctx = Context(
@@ -223,12 +223,12 @@ class Trainer:
 
     def _not_finite(self, what: str, batches: list[MicroBatch], index: int | None) -> TrainingError:
         """The error for a step that must not be taken; it is logged too."""
-        step = self._state.step
+        step = self._state.step + 1
         place = "" if index is None else f", micro-batch {index + 1} of {self.config.accumulation}"
         kept = self.store.steps()
         rest = f"{self.store.path(kept[-1])} is intact" if kept else "no checkpoint was written yet"
         message = (
-            f"{what} in optimiser step {step}{place}, {describe(batches)}: stopped before the update; {rest}; "
+            f"{what} in step {step}{place}, {describe(batches)}: stopped before the update; {rest}; "
             "lower optim.lr or look at these samples"
         )
         self.log.write("stopped", {"step": step, "reason": message})
@@ -319,11 +319,16 @@ class Trainer:
         self.model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             sampler = Sampler(temperature=0.8, top_p=0.95, seed=config.seed)
-            pieces = generate(self.model, self.tokenizer, config.sample_prompt, config.sample_tokens, sampler)
-            text = "".join(piece.text for piece in pieces)
+            text = ""
+            for piece in generate(
+                self.model, self.tokenizer, config.sample_prompt, config.sample_tokens, sampler
+            ):
+                text += piece.text
+                if stop.received is not None:
+                    break
         self.model.train()
         self.log.write("sample", {"step": state.step, "prompt": config.sample_prompt, "text": text})
-        bar.say(f"step {state.step} writes: {config.sample_prompt}{text}")
+        bar.say(f"step {state.step} writes: {printable(config.sample_prompt + text)}")
 
     def _save_if_due(self, stop: StopSignals) -> None:
         """Checkpoint every N steps, at the end, and when asked to stop."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,11 +126,23 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def _ordinary_mode(folder: Path) -> int:
+    """Permissions that a new file gets here."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
 def write_record(folder: Path, record: Record) -> None:
     """Write ``training.json`` over all other files of ``folder``, which are made durable first."""
     files = {}
+    mode = _ordinary_mode(folder)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != RECORD:
+            # safetensors creates files for their owner alone; other users serve them.
+            path.chmod(mode)
             sync_file(path)
             files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     values: dict[str, Any] = {
