@@ -3,9 +3,9 @@
     python benchmarks/kernels_cpu.py --peer-python /path/to/python-with-spikingjelly
 
 Writes results/kernels_cpu.json: milliseconds (median and best of the repeats, the forms taken in turns, and
-the median of the processor time, which other programs disturb less), the ratio to each peer, and the time a plain
-copy of the same bytes takes in the same run. The peer is SpikingJelly's LIF node (torch back-end) in an
-environment of its own:
+the median of the processor time, which other programs disturb less), the ratio to each peer, and the time a
+plain copy of the same bytes takes in the same run. The peer is SpikingJelly's LIF node (torch back-end) in
+an environment of its own:
 
     python -m venv peer && peer/bin/pip install torch loguru
     peer/bin/pip install --no-deps spikingjelly==2.0.0
