@@ -60,8 +60,8 @@ def evaluate(
     """Measure a checkpoint: bits per byte, perplexity, spike rates.
 
     Three figures, never mixed: disjoint windows, strided windows, and carried state (whole documents in
-    constant memory). Every token is scored once; a document's first one only where there is a token to start
-    with.
+    constant memory). Every token is scored once, except a document's first one, which needs a token
+    before it (--start).
 
     Example: spikelm eval runs/demo/spiking --data builtin:python-docs#valid --json eval.json
     """
@@ -127,6 +127,7 @@ def evaluate(
             "bytes": corpus.bytes,
             "scored_tokens": corpus.predictions,
             "start_token": corpus.start_token,
+            "first_token_scored": corpus.start_token is not None,
             "max_bytes": max_bytes,
         },
         "tokenizer_sha256": words.sha256,
@@ -168,7 +169,9 @@ def _print(result: Result, name: str, start_token: int | None) -> None:
     out = console()
     out.print(table)
     scored = (
-        "scored too, after a start token" if start_token is not None else "not scored (nothing predicts it)"
+        "scored too, after a start token"
+        if start_token is not None
+        else "not scored (nothing predicts it; see --start)"
     )
     out.print(f"standard error over {first.stderr_over}; a document's first token is {scored}")
     total = result.spikes["total"]

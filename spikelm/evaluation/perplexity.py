@@ -4,8 +4,9 @@
 - ``strided@L/S``: windows of L tokens every S tokens, only the last S of each scored;
 - ``carried``: whole documents, the state carried from the first token to the last in constant memory.
 
-In all three, every token of every document is scored once, except a document's first token where the
-tokenizer has no token to start with: nothing predicts it, and its bytes are not counted either.
+In all three, every token of every document is scored once, except a document's first token: nothing predicts
+it, and its bytes are not counted either. With a start token (bos or eos) before every document it is scored
+too.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             f"install torch >= 2.10 to convert {path}"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about pickles that are refused a moment later
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign pickle can raise anything while it is taken apart
         # torch's own message recommends to load it all the same; only what the file asked for is passed on.
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
