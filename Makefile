@@ -56,7 +56,7 @@ check: $(DEV) ## lint, formatting and types
 
 bench: $(DEV) ## run the benchmarks; results go to benchmarks/results
 	@echo "== bench: every file of benchmarks/ in turn (keep the machine otherwise idle) =="
-	@found=; for file in benchmarks/bench_*.py; do \
+	@found=; for file in benchmarks/[!_]*.py; do \
 		[ -f "$$file" ] || continue; found=yes; echo "-- $$file"; $(BIN)/python "$$file" || exit 1; done; \
 	[ -n "$$found" ] || echo "There is no benchmark in benchmarks/ yet."
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import cleandoc
 from typing import Any
 
 from spikelm.errors import SpikeLMError, nearest
@@ -106,6 +107,7 @@ def _invoke(name: str, arguments: list[str]) -> int:
     import typer
 
     command = typer.main.get_command(_application(name))
+    _reflow(command)
     try:
         result: Any = command.main(args=arguments, prog_name=f"spikelm {name}", standalone_mode=False)
     except typer.Abort:
@@ -136,6 +138,15 @@ def _application(name: str) -> Any:
     application = typer.Typer(add_completion=False)
     application.command(name)(target)
     return application
+
+
+def _reflow(command: Any) -> None:
+    """Let help texts fill the terminal: lines of a docstring's paragraph become one."""
+    if command.help:
+        paragraphs = cleandoc(command.help).split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for child in getattr(command, "commands", {}).values():
+        _reflow(child)
 
 
 def _help() -> str:
