@@ -12,6 +12,7 @@ import torch
 from spikelm.config import ModelConfig
 from spikelm.errors import ConfigError
 from spikelm.model import SpikeLM
+from spikelm.train.reporting import ProgressFactory, silent_progress
 
 if TYPE_CHECKING:
     from spikelm.data.blocks import TokenBlocks
@@ -35,8 +36,12 @@ class Text:
         }
 
 
-def load_text(config: DataConfig) -> Text:
+def load_text(config: DataConfig, progress: ProgressFactory = silent_progress) -> Text:
     """Open and tokenise the sources (once: the blocks are cached).
+
+    Args:
+        config: what to read.
+        progress: opens a bar for every source that must be tokenised.
 
     Raises:
         DataError: a source or tokenizer cannot be used, or there is not one block of text.
@@ -48,7 +53,15 @@ def load_text(config: DataConfig) -> Text:
     cache = None if config.cache is None else Path(config.cache)
 
     def blocks(spec: str) -> TokenBlocks:
-        return TokenBlocks.build(open_source(spec), tokenizer, config.block_length, cache)
+        with progress(f"tokenise {spec}", None, "bytes") as bar:
+            done = 0
+
+            def count(nbytes: int) -> None:
+                nonlocal done
+                bar.advance(nbytes - done)
+                done = nbytes
+
+            return TokenBlocks.build(open_source(spec), tokenizer, config.block_length, cache, count)
 
     valid = None if config.valid is None else blocks(config.valid)
     return Text(tokenizer=tokenizer, train=blocks(config.train), valid=valid)

@@ -97,7 +97,7 @@ class Trainer:
         """Load the text and build the model; the run's folder is not touched yet."""
         self.config = config
         device = choose_device(config.device)
-        self._text = load_text(config.data)
+        self._text = load_text(config.data, progress)
         self.tokenizer = self._text.tokenizer
         self._backend: Backend = TorchBackend(build_model(config, self.tokenizer), config, device)
         self.model = self._backend.model
@@ -271,12 +271,10 @@ class Trainer:
         state = self._state
         if state.count == 0:
             return
-        text = (
-            f"step {state.step}, loss {state.nats / state.count:.4f}, "
-            f"{bits_per_byte(state.nats, state.nbytes):.3f} bits/byte, lr {lr:.2e}"
-        )
+        text = f"loss {state.nats / state.count:.4f}, {bits_per_byte(state.nats, state.nbytes):.3f} bits/byte"
         if self._spikes is not None and self._spikes["spike_rate"] is not None:
             text += f", spikes {self._spikes['spike_rate']:.1%}"
+        text += f", lr {lr:.2e}, step {state.step}"
         bar.note(text)
 
     def _evaluate_if_due(self, bar: Bar, stop: StopSignals) -> None:

@@ -142,7 +142,8 @@ def write_record(folder: Path, record: Record) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != RECORD:
             # safetensors creates files for their owner alone; other users serve them.
-            path.chmod(mode)
+            if stat.S_IMODE(path.stat().st_mode) != mode:
+                path.chmod(mode)
             sync_file(path)
             files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     values: dict[str, Any] = {

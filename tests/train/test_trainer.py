@@ -40,7 +40,7 @@ class Recorder:
     def open(
         self, title: str, total: float | None = None, unit: str = "it", done: float = 0
     ) -> Iterator[Recorder]:
-        self.opened = (title, total, unit, done)
+        self.opened = (title, total, unit, done)  # the last one opened
         yield self
 
 
@@ -126,9 +126,15 @@ def test_whole_validation_set(make_values: Any) -> None:
     assert result.evaluation.tokens == len(run._text.valid) * 16
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
-@pytest.mark.parametrize("place", ["loss", "gradient"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("optim", "place", "bad"),
+    [
+        ("adamw", "loss", math.nan),
+        ("adamw", "loss", math.inf),
+        ("adamw", "gradient", math.nan),
+        ("muon", "gradient", math.inf),
+    ],
+)
 def test_not_finite_stops_before_the_update(
     make_values: Any, monkeypatch: pytest.MonkeyPatch, optim: str, place: str, bad: float
 ) -> None:
