@@ -40,7 +40,7 @@ class Recorder:
     def open(
         self, title: str, total: float | None = None, unit: str = "it", done: float = 0
     ) -> Iterator[Recorder]:
-        self.opened = (title, total, unit, done)  # the last one opened
+        self.opened, self.done = (title, total, unit, done), 0.0  # of the bar opened last
         yield self
 
 
