@@ -92,6 +92,7 @@ def sentencepiece() -> Tokenizer:
 # --- bytes ------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_bytes_ids_are_byte_values(text: str) -> None:
     tokenizer = BYTES
@@ -205,6 +206,7 @@ def test_cutting_long_text_changes_nothing(name: str, request: pytest.FixtureReq
     assert arrays[4].tolist() == tokenizer.encode("x" * 200_000)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab \n\r\u3000.1é", max_size=200), st.integers(1, 20))
 def test_cutting_loses_nothing_and_is_exact(text: str, chunk: int) -> None:
     parts = list(split_lines(text, chunk))
@@ -257,6 +259,7 @@ def test_training_refuses_repeated_special_tokens() -> None:
 # --- decoding piece by piece ------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=60))
 def test_byte_stream_joins_to_decode(ids: list[int]) -> None:
     stream = BYTES.decode_stream()
@@ -264,6 +267,7 @@ def test_byte_stream_joins_to_decode(ids: list[int]) -> None:
     assert "".join(pieces) == BYTES.decode(ids) == bytes(ids).decode("utf-8", errors="replace")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_streams_never_split_a_character(text: str) -> None:
     stream = BYTES.decode_stream()
@@ -281,7 +285,7 @@ def test_streams_of_merged_tokens(gpt2: Tokenizer) -> None:
         assert text + stream.finish() == gpt2.decode(ids)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.text(alphabet="ab é日\U0001f600", max_size=20))
 def test_streams_of_sentencepiece(text: str) -> None:
     tokenizer = sentencepiece()

@@ -15,12 +15,13 @@ def order(n: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     return permute(np.arange(n), n, key(seed, np.full(n, epoch)))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(-(2**70), 2**70), st.integers(0, 2**40))
 def test_is_a_permutation(n: int, seed: int, epoch: int) -> None:
     assert np.sort(order(n, seed, epoch)).tolist() == list(range(n))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 2**50), st.integers(0, 2**40))
 def test_any_element_is_found_alone(n: int, seed: int) -> None:
     index = np.unique(np.random.default_rng(seed).integers(0, n, 50))
