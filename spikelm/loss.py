@@ -1,8 +1,8 @@
 """The one training loss: next-token cross-entropy, optional L2Wrap, auxiliary losses of the neurons.
 
 The head is applied to chunks of tokens when the vocabulary is large, each chunk recomputed in backward, so
-that no more than ``CHUNK_ELEMENTS`` logits live at any time, forward or backward. The head's own state (a
-spiking head has membranes) is carried from chunk to chunk, so a chunked pass is the whole pass.
+that no more than ``CHUNK_ELEMENTS`` logits are computed at a time, forward or backward. The head's own state
+(a spiking head has membranes) is carried from chunk to chunk, so a chunked pass is the whole pass.
 
 L2Wrap (RWKV-4, used by SpikeGPT) adds nothing to the value of the loss; it adds to the gradient of each
 token's largest logit ``l2wrap / count * logit``, which keeps the logits near zero.
@@ -31,7 +31,7 @@ from spikelm.recurrence import Context
 from spikelm.state import State
 
 LARGE_VOCABULARY = 8192
-CHUNK_ELEMENTS = 1 << 25
+CHUNK_ELEMENTS = 1 << 24  # 64 MiB in fp32; softmax and gradient keep a few such copies
 IGNORE_INDEX = -100
 
 

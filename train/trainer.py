@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from spikelm.train.evaluation import Evaluation, bits_per_byte, evaluate
 from spikelm.train.log import RunLog
 from spikelm.train.optim import StepReport
 from spikelm.train.reporting import Bar, ProgressFactory, printable, silent_progress
+from spikelm.train.result import TrainResult
 from spikelm.train.schedule import learning_rate
 from spikelm.train.setup import build_model, load_text
 from spikelm.train.spikes import SpikeWarnings, brief, spike_rate
@@ -36,42 +37,6 @@ from spikelm.train.versions import versions
 
 if TYPE_CHECKING:
     from spikelm.train.config import TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run gave.
-
-    Attributes:
-        out: folder of the run.
-        checkpoint: folder of the newest checkpoint.
-        step, steps: optimiser steps done and wanted.
-        tokens: tokens used, over all resumes.
-        seconds: time spent in training steps, over all resumes.
-        tokens_per_second: ``tokens / seconds``.
-        parameters: parameters of the model.
-        train_loss: mean nats per token at the last log line, None before the first.
-        evaluation: the last evaluation, None without validation text.
-        resumed_from: step of the checkpoint the run went on from, None for a new run.
-        interrupted: name of the signal that ended the run early, or None.
-    """
-
-    out: Path
-    checkpoint: Path
-    step: int
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    parameters: int
-    train_loss: float | None
-    evaluation: Evaluation | None
-    resumed_from: int | None
-    interrupted: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**asdict(self), "out": str(self.out), "checkpoint": str(self.checkpoint)}
 
 
 class Trainer:

@@ -10,7 +10,7 @@ import typer
 from spikelm.cli._common import JsonOption, console, human_count, progress, write_json
 
 if TYPE_CHECKING:
-    from spikelm.train.trainer import TrainResult
+    from spikelm.train.result import TrainResult
 
 INTERRUPTED = 130
 

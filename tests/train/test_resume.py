@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from spikelm.errors import CheckpointError, TrainingError
 from spikelm.train.config import TrainConfig
-from spikelm.train.trainer import Trainer, TrainResult
+from spikelm.train.result import TrainResult
+from spikelm.train.trainer import Trainer
 
 TIMES = ("tokens_per_second", "seconds", "time")
 
