@@ -68,6 +68,14 @@ def config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict
     }
 
 
+def resolve_folder(folder: str | Path) -> Path:
+    """The folder itself, or its ``latest`` where it is the folder of a training run."""
+    root = Path(folder)
+    if not (root / CONFIG).is_file() and (root / "latest" / CONFIG).is_file():
+        return root / "latest"
+    return root
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """The model configuration of a checkpoint folder.
 
@@ -75,7 +83,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         CheckpointError: no folder, no config.json, another model type or a newer format.
         ConfigError: an unknown key or a bad value.
     """
-    path = Path(folder) / CONFIG
+    path = resolve_folder(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(
             f"{folder} holds no {CONFIG}; expected a checkpoint folder (spikelm train writes one)"
@@ -131,6 +139,8 @@ def save_checkpoint(
         content = config_json(model.config, model.embedding.weight.dtype)
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read; the mode of the others is the user's choice.
+        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)
         if tokenizer is not None:
             tokenizer.save(temporary)
         for name, data in (extra or {}).items():
@@ -175,7 +185,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing or damaged files.
     """
-    root = Path(folder)
+    root = resolve_folder(folder)
     files = [WEIGHTS]
     if not (root / WEIGHTS).is_file() and (root / WEIGHTS_INDEX).is_file():
         index = json.loads((root / WEIGHTS_INDEX).read_text(encoding="utf-8"))
@@ -251,4 +261,4 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder."""
     from spikelm.tokenizer import Tokenizer
 
-    return Tokenizer.load(folder)
+    return Tokenizer.load(resolve_folder(folder))

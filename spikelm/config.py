@@ -144,15 +144,10 @@ class ModelConfig:
         Raises:
             ConfigError: if there is no such preset or file, or its content does not fit.
         """
-        import yaml
-
         from spikelm.presets import find
+        from spikelm.yaml_values import read_yaml
 
-        path = find("models", str(name))
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds no mapping; expected keys such as hidden_size: 512")
-        return cls.from_dict({**values, **overrides})
+        return cls.from_dict({**read_yaml(find("models", name)), **overrides})
 
 
 def _check_spec(where: str, spec: object) -> None:

@@ -35,6 +35,15 @@ def test_round_trip(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "c").sha256 == Tokenizer.bytes().sha256
     assert (tmp_path / "c" / "notes.txt").read_bytes() == b"hello"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"], "nothing temporary stays behind"
+    modes = {p.stat().st_mode for p in (tmp_path / "c").iterdir()}
+    assert len(modes) == 1, "every file can be read by those who can read the others"
+
+
+def test_a_runs_folder_stands_for_its_latest_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "step-1", small(), Tokenizer.bytes())
+    (tmp_path / "run" / "latest").symlink_to("checkpoints/step-1")
+    assert torch.equal(load_model(tmp_path / "run").embedding.weight, small().embedding.weight)
+    assert load_tokenizer(tmp_path / "run").vocab_size == 256
 
 
 def test_replacing_keeps_only_the_new_one(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_counter_random_is_uniform_and_has_no_visible_structure() -> None:
     assert (u - random.uniform("b", 64)).abs().mean() > 0.3
 
 
+@torch.no_grad()
 def test_initial_weights_follow_the_table() -> None:
     torch.manual_seed(0)
     model = SpikeLM(ModelConfig.from_dict({**SMALL, "hidden_size": 16}))

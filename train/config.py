@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, mode
 
 from spikelm.errors import ConfigError, nearest
 from spikelm.presets import find
-from spikelm.train.yaml_values import parse_value, read_yaml
+from spikelm.yaml_values import parse_value, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]

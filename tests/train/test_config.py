@@ -12,7 +12,7 @@ from spikelm.presets import find, names
 from spikelm.tokenizer import Tokenizer
 from spikelm.train.config import TrainConfig, apply_overrides
 from spikelm.train.setup import model_config
-from spikelm.train.yaml_values import parse_value
+from spikelm.yaml_values import parse_value
 
 
 @pytest.mark.parametrize(
