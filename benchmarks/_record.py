@@ -6,10 +6,10 @@ import datetime
 import json
 import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from spikelm.provenance import git_revision, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -25,41 +25,17 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_revision() -> str | None:
-    """Commit of the checkout, with ``+`` where files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(RESULTS.parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed else "")
-
-
 def machine() -> dict[str, Any]:
     """Processor, cores, threads, versions, revision and date."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": versions(),
         "git_revision": git_revision(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -19,6 +19,7 @@ import torch
 
 from spikelm.errors import CheckpointError, TrainingError
 from spikelm.meter import Meter
+from spikelm.provenance import versions
 from spikelm.recurrence import Context
 from spikelm.train.backend import Backend, TorchBackend, choose_device
 from spikelm.train.batches import MicroBatch, describe, micro_batches
@@ -33,7 +34,6 @@ from spikelm.train.setup import build_model, load_text
 from spikelm.train.spikes import SpikeWarnings, brief, spike_rate
 from spikelm.train.stop import StopSignals
 from spikelm.train.training_state import Identity, Progress, Record
-from spikelm.train.versions import versions
 
 if TYPE_CHECKING:
     from spikelm.train.config import TrainConfig

@@ -249,7 +249,7 @@ def _report(
     seconds: float,
 ) -> dict[str, Any]:
     """Everything the table shows, and what is needed to read it later."""
-    from spikelm.evaluation.provenance import git_revision, versions
+    from spikelm.provenance import git_revision, versions
 
     return {
         "models": {

@@ -74,8 +74,8 @@ def evaluate(
     from spikelm.errors import ConfigError
     from spikelm.evaluation.corpus import read_corpus
     from spikelm.evaluation.perplexity import Windows, check_vocabulary, measure, parse_modes
-    from spikelm.evaluation.provenance import git_revision, versions
     from spikelm.model import SpikeLM
+    from spikelm.provenance import git_revision, versions
     from spikelm.tokenizer import Tokenizer
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

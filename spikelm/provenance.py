@@ -14,7 +14,11 @@ def versions() -> dict[str, str]:
     """Versions of Python, this package and the packages results depend on."""
     from spikelm import __version__
 
-    found = {"spikelm": __version__, "python": platform.python_version()}
+    found = {
+        "spikelm": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -25,7 +29,7 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """Commit of the checkout this runs from, with ``+`` after it where files differ; None outside one."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = Path(__file__).resolve().parents[1]
     # An installed package may lie inside somebody else's repository: only ours has a .git beside spikelm/.
     if not (folder / ".git").exists():
         return None
