@@ -35,6 +35,7 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 # op -> back-ends that exist for it
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
+        "encode": ("reference", "torch", "c"),
         "lif": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }

@@ -9,7 +9,7 @@ THRESHOLD_FLOOR = 1e-8
 """Smallest threshold, so that an all-zero row gives zero counts."""
 
 
-def adaptive_encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+def encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, thresholds and what the cap cut off.
 
     Args:
@@ -28,3 +28,11 @@ def adaptive_encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Te
     counts = torch.where(magnitude < dead_zone * mean, torch.zeros_like(counts), counts)
     clipped = counts.abs() > cap
     return counts.clamp(-cap, cap), threshold, clipped
+
+
+def adaptive_encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor]:
+    """Counts and thresholds; the gradient is that of x / V with constant V, where the cap does not bite."""
+    with torch.no_grad():
+        counts, threshold, clipped = encode(x, k, dead_zone, cap)
+    soft = x / threshold
+    return torch.where(clipped, counts, counts + (soft - soft.detach())), threshold

@@ -13,7 +13,7 @@ import torch
 
 from spikelm.errors import KernelError
 from spikelm.kernels import compile as compiler
-from spikelm.kernels.dispatch import OPS, c_source
+from spikelm.kernels.dispatch import c_source
 from spikelm.kernels.lif import c as lif_c
 from spikelm.kernels.wkv4 import c as wkv4_c
 
@@ -137,7 +137,7 @@ def test_flags_never_change_arithmetic() -> None:
     assert not {"-ffast-math", "-Ofast", "-funsafe-math-optimizations"} & flags
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["lif", "wkv4"])
 def test_python_and_c_agree_on_the_segment(op: str) -> None:
     found = re.search(r"^#define SEGMENT (\d+)$", c_source(op).read_text(), re.MULTILINE)
     assert found is not None
