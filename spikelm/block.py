@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spikelm.build import Build
 from spikelm.config import NO_NEURON, ModelConfig
-from spikelm.neurons.base import build_neuron, build_part
+from spikelm.neurons.base import Neuron, build_neuron, build_part
 from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part
 from spikelm.registry import channels, mixers
@@ -35,6 +35,14 @@ def make_projection(
     """The projection at ``prefix.name`` with the input neuron that the configuration gives it."""
     neuron = build_neuron(config.input_neuron(f"{prefix}{name}"), inputs)
     return Projection(inputs, outputs, neuron, bias)
+
+
+def fire(neuron: Neuron, x: Tensor, state: Tensor | State, ctx: Context) -> tuple[Tensor, State]:
+    """Call a neuron that stands outside a projection, and tell the meter."""
+    y, new = neuron(x, state, ctx)
+    if ctx.meter is not None:
+        ctx.meter.record_neuron(neuron.path, y, spiking=neuron.spiking, valid=ctx.valid)
+    return y, new
 
 
 class Block(Part):
@@ -79,10 +87,10 @@ class Block(Part):
     def _residual(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         new: State = {}
         y, new["mixer"] = self.mixer(self.mixer_norm(x), state["mixer"], ctx)
-        y, new["mixer_neuron"] = self.mixer_neuron(y, state["mixer_neuron"], ctx)
+        y, new["mixer_neuron"] = fire(self.mixer_neuron, y, state["mixer_neuron"], ctx)
         x = x + y.to(x.dtype)
         y, new["channel"] = self.channel(self.channel_norm(x), state["channel"], ctx)
-        y, new["channel_neuron"] = self.channel_neuron(y, state["channel_neuron"], ctx)
+        y, new["channel_neuron"] = fire(self.channel_neuron, y, state["channel_neuron"], ctx)
         return x + y.to(x.dtype), new
 
 

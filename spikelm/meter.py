@@ -1,7 +1,9 @@
-"""Counts spikes at every projection: what really entered the weights.
+"""Counts spikes: what really entered the weights, and what neurons elsewhere sent out.
 
-A meter is handed to a model in its context; every projection reports its input once per call. Sums are kept
-on the device and read when :meth:`Meter.summary` is asked for.
+A meter is handed to a model in its context; every projection reports its input once per call, and so does
+every neuron that stands outside a projection (on the embedding, or on the output of mixers and channels: its
+spikes enter the residual stream and save no operation). Sums are kept on the device and read when
+:meth:`Meter.summary` is asked for.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ class Meter:
     raster: Collection[str] = ()
     counts: dict[str, ProjectionCount] = field(default_factory=dict)
     rasters: dict[str, list[Tensor]] = field(default_factory=dict)
+    outside: set[str] = field(default_factory=set)
+    """Paths of neurons outside projections."""
 
     @torch.no_grad()
     def record(
@@ -83,6 +87,12 @@ class Meter:
         if path in self.raster:
             self.rasters.setdefault(path, []).append(x.detach().to("cpu", torch.float32))
 
+    def record_neuron(self, path: str, y: Tensor, *, spiking: bool, valid: Tensor | None) -> None:
+        """Add one call of a neuron outside projections, with its output y [B, T, D] or [B, D]."""
+        if spiking:
+            self.outside.add(path)
+            self.record(path, y, spiking=True, out_features=0, valid=valid, cap=None)
+
     def summary(self) -> dict[str, Any]:
         """Shares and means.
 
@@ -91,24 +101,32 @@ class Meter:
             that are not zero), silent, mean_count (mean |x|), at_cap (share of inputs at the cap),
             never_fired (share of channels)}; ``total``: firing_rate, silent and mean_count weighted by
             multiply-accumulates, ``spiking_share`` (share of multiply-accumulates whose input is spikes) and
-            ``dense_macs`` per token.
+            ``dense_macs`` per token; ``neurons``: path -> {features, tokens, firing_rate, silent, mean_count,
+            never_fired} of spiking neurons outside projections.
         """
+        neurons: dict[str, dict[str, Any]] = {}
         projections: dict[str, dict[str, Any]] = {}
         macs = silent = mean = spiking = 0.0
         for path, entry in self.counts.items():
             tokens = float(entry.tokens)
             inputs = max(tokens * entry.in_features, 1.0)
             rate = float(entry.nonzero) / inputs
-            projections[path] = {
-                "spiking": entry.spiking,
-                "in_features": entry.in_features,
-                "out_features": entry.out_features,
+            activity = {
                 "tokens": int(tokens),
                 "firing_rate": rate,
                 "silent": 1.0 - rate,
                 "mean_count": float(entry.magnitude) / inputs,
-                "at_cap": float(entry.clipped) / inputs,
                 "never_fired": 1.0 - float(entry.fired.float().mean()),
+            }
+            if path in self.outside:
+                neurons[path] = {"features": entry.in_features, **activity}
+                continue
+            projections[path] = {
+                "spiking": entry.spiking,
+                "in_features": entry.in_features,
+                "out_features": entry.out_features,
+                **activity,
+                "at_cap": float(entry.clipped) / inputs,
             }
             weight = float(entry.in_features * entry.out_features)
             macs += weight
@@ -123,4 +141,4 @@ class Meter:
             "spiking_share": spiking / macs if macs else 0.0,
             "dense_macs": macs,
         }
-        return {"total": total, "projections": projections}
+        return {"total": total, "projections": projections, "neurons": neurons}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spikelm.block import Block, make_projection
+from spikelm.block import Block, fire, make_projection
 from spikelm.config import ModelConfig
 from spikelm.errors import ShapeError
 from spikelm.initialisation import initialise
@@ -109,7 +109,7 @@ class SpikeLM(nn.Module):
         if state is None:
             state = self.init_state(tokens.shape[0], tokens.device)
         new: State = {}
-        x, new["embedding"] = self.embedding_neuron(self.embedding(tokens), state["embedding"], ctx)
+        x, new["embedding"] = fire(self.embedding_neuron, self.embedding(tokens), state["embedding"], ctx)
         x = self.embedding_norm(x.to(self.embedding_norm.weight.dtype))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and x.dim() == 3
         for layer, module in enumerate(self.blocks):

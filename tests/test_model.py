@@ -140,6 +140,12 @@ def test_meter_calls_the_published_design_dense_and_skips_padding() -> None:
     summary = meter.summary()
     assert summary["total"]["spiking_share"] == 0.0
     assert summary["projections"]["blocks.0.mixer.key"]["tokens"] == 13
+    assert set(summary["neurons"]) == {
+        "embedding_neuron",
+        *(f"blocks.{i}.{part}_neuron" for i in range(3) for part in ("mixer", "channel")),
+    }
+    assert summary["neurons"]["blocks.0.mixer_neuron"]["tokens"] == 13
+    assert 0 < summary["neurons"]["blocks.1.channel_neuron"]["firing_rate"] < 1
 
 
 def test_overrides_reach_single_projections() -> None:

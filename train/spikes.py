@@ -10,27 +10,41 @@ SATURATED = 0.95
 
 
 def spike_rate(summary: Mapping[str, Any]) -> float | None:
-    """Firing rate of the spiking projections weighted by multiply-accumulates; None where nothing spikes."""
+    """One figure for a progress bar: how much of what could fire does.
+
+    Firing rate of the spiking projections' inputs, weighted by multiply-accumulates; for a model whose spikes
+    enter the residual stream only, the firing rate of those neurons; None where nothing spikes.
+    """
     macs = fired = 0.0
     for entry in summary["projections"].values():
         if entry["spiking"]:
             weight = float(entry["in_features"] * entry["out_features"])
             macs += weight
             fired += weight * float(entry["firing_rate"])
+    if macs:
+        return fired / macs
+    for entry in summary["neurons"].values():
+        macs += entry["features"]
+        fired += entry["features"] * float(entry["firing_rate"])
     return fired / macs if macs else None
 
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Totals and, per spiking projection, firing rate, mean count and share of channels that never fired."""
+    """Totals and, per spiking projection or neuron, firing rate, mean count and channels that never fired."""
     return {
         "spike_rate": spike_rate(summary),
         "silent": float(summary["total"]["silent"]),
         "projections": {
             path: {key: round(float(entry[key]), 6) for key in ("firing_rate", "mean_count", "never_fired")}
-            for path, entry in summary["projections"].items()
-            if entry["spiking"]
+            for path, entry in _spiking(summary)
         },
     }
+
+
+def _spiking(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Spiking projections, then neurons outside projections."""
+    inside = [(path, entry) for path, entry in summary["projections"].items() if entry["spiking"]]
+    return inside + list(summary["neurons"].items())
 
 
 class SpikeWarnings:
@@ -47,20 +61,18 @@ class SpikeWarnings:
     def check(self, summary: Mapping[str, Any]) -> list[str]:
         """Warnings that this reading adds."""
         found = []
-        for path, entry in summary["projections"].items():
-            if not entry["spiking"]:
-                continue
+        for path, entry in _spiking(summary):
             rate, silent = float(entry["firing_rate"]), float(entry["silent"])
             binary = abs(float(entry["mean_count"]) - rate) < 1e-9
             cases = {
                 "silent": (
                     silent > SILENT,
-                    f"{path} is silent: {silent:.2%} of its inputs are zero; "
+                    f"{path} is silent: {silent:.2%} of its spike counts are zero; "
                     "lower its threshold or dead zone, or give it a rate_target",
                 ),
                 "saturated": (
                     binary and rate > SATURATED,
-                    f"{path} is saturated: {rate:.1%} of its inputs fire, so its spikes say nothing; "
+                    f"{path} is saturated: it fires {rate:.1%} of the time, so its spikes say nothing; "
                     "raise its threshold, or give it a rate_target",
                 ),
             }

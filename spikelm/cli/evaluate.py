@@ -177,6 +177,13 @@ def _print(result: Result, name: str, start_token: int | None) -> None:
     total = result.spikes["total"]
     if not result.spikes["projections"]:
         return
+    if result.spikes["neurons"]:
+        rates = Table(title=f"neurons outside projections, over {result.spikes_over}")
+        for heading in ("neuron", "firing rate", "never fired"):
+            rates.add_column(heading, justify="left" if heading == "neuron" else "right")
+        for path, entry in result.spikes["neurons"].items():
+            rates.add_row(path, *(f"{entry[key]:.4f}" for key in ("firing_rate", "never_fired")))
+        out.print(rates)
     if total["spiking_share"] == 0.0:
         out.print("no projection has spikes as its input (dense: every weight is used for every token)")
         return
