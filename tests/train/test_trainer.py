@@ -231,7 +231,8 @@ def test_spike_warnings() -> None:
             "counts": projection(0.97, 2.5),
             "fine": projection(0.2, 0.2),
             "dense": projection(1.0, 1.0, spiking=False),
-        }
+        },
+        "neurons": {},
     }
     warnings = SpikeWarnings()
     assert warnings.check(summary) == []  # one reading says nothing
@@ -240,7 +241,10 @@ def test_spike_warnings() -> None:
     assert found[1].startswith("stuck is saturated: 97.0%")
     assert warnings.check(summary) == []  # and is said once
     assert spike_rate(summary) == pytest.approx((0.0005 + 0.97 + 0.97 + 0.2) / 4)
-    assert spike_rate({"projections": {"dense": projection(1.0, 1.0, spiking=False)}}) is None
+    dense = {"dense": projection(1.0, 1.0, spiking=False)}
+    assert spike_rate({"projections": dense, "neurons": {}}) is None
+    outside = {"a": {"features": 1, "firing_rate": 0.2}, "b": {"features": 3, "firing_rate": 0.4}}
+    assert spike_rate({"projections": dense, "neurons": outside}) == pytest.approx(0.35)
 
 
 @pytest.mark.parametrize(("threshold", "word"), [(1e9, "is silent"), (-1e9, "is saturated")])
