@@ -238,7 +238,7 @@ def test_spike_warnings() -> None:
     assert warnings.check(summary) == []  # one reading says nothing
     found = warnings.check(summary)
     assert len(found) == 2 and found[0].startswith("dead is silent: 99.95%")
-    assert found[1].startswith("stuck is saturated: 97.0%")
+    assert found[1].startswith("stuck is saturated: it fires 97.0%")
     assert warnings.check(summary) == []  # and is said once
     assert spike_rate(summary) == pytest.approx((0.0005 + 0.97 + 0.97 + 0.2) / 4)
     dense = {"dense": projection(1.0, 1.0, spiking=False)}
