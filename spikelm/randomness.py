@@ -43,9 +43,11 @@ class CounterRandom:
         device = self.position.device
         stream = self.stream.to(device).view(-1, *([1] * (self.position.dim() - 1)))
         row = _mix(_mix(stream + (key & _MASK)) + self.position)
-        index = torch.arange(channels, device=device, dtype=torch.int64)
+        # One hash serves two channels: 24 bits, all that a float32 in [0, 1) can show, for each.
+        index = torch.arange((channels + 1) // 2, device=device, dtype=torch.int64)
         bits = _mix(row.unsqueeze(-1) * 0x2545F491 + index * 0x9E3779B1)
-        return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * (1.0 / (1 << 24))
+        pair = torch.stack([bits & 0xFFFFFF, (bits >> 40) & 0xFFFFFF], -1).to(torch.float32)
+        return pair.flatten(-2)[..., :channels] * (1.0 / (1 << 24))
 
     def at(self, t: int) -> CounterRandom:
         """The source of the single step at column ``t``."""

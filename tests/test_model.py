@@ -236,6 +236,9 @@ def test_counter_random_is_uniform_and_has_no_visible_structure() -> None:
     assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.002
     rows = torch.corrcoef(u.reshape(512, 64)).fill_diagonal_(0)
     assert rows.abs().max() < 6 / 8, "rows correlate more than chance allows"
+    columns = torch.corrcoef(u.reshape(512, 64).T).fill_diagonal_(0)
+    assert columns.abs().max() < 6 / 512**0.5, "channels correlate more than chance allows"
+    assert torch.equal(random.uniform("a", 63), u[..., :63])
     assert (u - random.uniform("b", 64)).abs().mean() > 0.3
 
 
