@@ -151,29 +151,30 @@ def score(
     packer = _Packer(segments, batch_size)
     state: State | None = None
     fresh = True
-    with torch.inference_mode():
-        while True:
-            before = len(packer.rows)
-            stay = packer.drop_finished()
-            rows = len(stay)
-            if rows == 0:
-                return
+    while True:
+        before = len(packer.rows)
+        stay = packer.drop_finished()
+        rows = len(stay)
+        if rows == 0:
+            return
+        columns = max(1, min(chunk, LOGITS_PER_CHUNK // (rows * vocab_size)))
+        pieces = packer.chunk(columns)
+        width = max(piece.column + piece.length for piece in pieces)
+        tokens, targets, reset, valid = _tensors(pieces, rows, width, fresh)
+        ctx = Context(
+            reset=reset.to(device) if bool(reset.any()) else None,
+            valid=None if bool(valid.all()) else valid.to(device),
+            meter=meter,
+        )
+        with torch.inference_mode():  # never across a yield: it would reach into the caller
             if state is None:
                 state = model.init_state(rows, device, None, max_len)
             elif rows < before:
                 state = states.select_rows(state, torch.tensor(stay, device=device))
-            columns = max(1, min(chunk, LOGITS_PER_CHUNK // (rows * vocab_size)))
-            pieces = packer.chunk(columns)
-            width = max(piece.column + piece.length for piece in pieces)
-            tokens, targets, reset, valid = _tensors(pieces, rows, width, fresh)
-            ctx = Context(
-                reset=reset.to(device) if bool(reset.any()) else None,
-                valid=None if bool(valid.all()) else valid.to(device),
-                meter=meter,
-            )
             logits, state = model(tokens.to(device), state, ctx)
-            fresh = False
-            yield from _collect(logits, targets.to(device), pieces)
+            nats = _nats(logits, targets.to(device))
+        fresh = False
+        yield from _collect(nats, pieces)
 
 
 def _tensors(
@@ -195,12 +196,17 @@ def _tensors(
     return tokens, targets, reset, valid
 
 
-def _collect(logits: Tensor, targets: Tensor, pieces: list[_Piece]) -> Iterator[Scores]:
+def _nats(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:
+    """-log p of every target, [B, T]."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).to(dtype), targets.flatten(), reduction="none"
-    ).view(targets.shape)
-    nats = losses.to("cpu", torch.float64).numpy()
+    )
+    nats: NDArray[np.float64] = losses.view(targets.shape).to("cpu", torch.float64).numpy()
+    return nats
+
+
+def _collect(nats: NDArray[np.float64], pieces: list[_Piece]) -> Iterator[Scores]:
     for piece in pieces:
         begin = max(piece.segment.skip - piece.offset, 0)
         if begin >= piece.length:

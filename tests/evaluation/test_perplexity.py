@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from spikelm.evaluation.corpus import Corpus, read_corpus, start_token
 from spikelm.evaluation.figures import BLOCK, Tally, ratio_stderr
 from spikelm.evaluation.perplexity import Result, Windows, measure, parse_modes
 from spikelm.evaluation.scoring import Scores, score
-from spikelm.evaluation.segments import carried, disjoint
+from spikelm.evaluation.segments import Segment, carried, disjoint
 from spikelm.meter import Meter
 from spikelm.model import SpikeLM
 from spikelm.recurrence import EMPTY, Context
@@ -345,6 +346,20 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
 
     with pytest.raises(DataError, match="token 4 of document 1"):
         list(score(Broken(9), disjoint(corpus([1, 2], [0, 1, 2, 3, 4]).tokens, 3), vocab_size=9))
+
+
+def test_the_caller_is_never_in_inference_mode() -> None:
+    """Neither where scores arrive nor where segments are read: both may be inside a training loop."""
+    modes = []
+
+    def watched() -> Iterator[Segment]:
+        for segment in carried(corpus(*random_documents(5, 9, 3)).tokens):
+            modes.append(torch.is_inference_mode_enabled())
+            yield segment
+
+    for _ in score(small_model(), watched(), vocab_size=40, batch_size=1, chunk=4):
+        modes.append(torch.is_inference_mode_enabled())
+    assert len(modes) > 6 and not any(modes)
 
 
 def test_meter_is_optional() -> None:
