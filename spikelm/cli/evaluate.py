@@ -98,6 +98,7 @@ def evaluate(
             model = SpikeLM(spiking.config.twin())
         weights = {name: value for name, value in spiking.state_dict().items() if name in model.state_dict()}
         model.load_state_dict(weights, assign=True)
+        model.tie_weights()  # assigning gives the head weights of its own
     model.eval()
     config = model.config
     check_vocabulary(corpus, config.vocab_size)

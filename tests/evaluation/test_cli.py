@@ -86,6 +86,18 @@ def test_twin_and_precision(checkpoint: Path, text: Path, tmp_path: Path) -> Non
     assert value["half"] == pytest.approx(value["spiking"], abs=0.05)
 
 
+def test_a_tied_twin_stays_tied(text: Path, tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, tie_word_embeddings=True)
+    saved = save_checkpoint(tmp_path / "model", SpikeLM(config), Tokenizer.bytes())
+    counts = []
+    for words in ([], ["--twin"]):
+        report_file = tmp_path / "eval.json"
+        options = ["--data", str(text), "--mode", "carried", "--max-bytes", "50", "--json", str(report_file)]
+        assert main(["eval", str(saved), *options, *words]) == 0
+        counts.append(json.loads(report_file.read_text())["parameters"])
+    assert counts == [SpikeLM(config).num_parameters(), SpikeLM(config.twin()).num_parameters()]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
