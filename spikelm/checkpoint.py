@@ -168,10 +168,19 @@ def sync_folder(folder: Path) -> None:
 def replace_folder(new: Path, target: Path) -> None:
     """Rename ``new`` to ``target``, moving an existing ``target`` out of the way first."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
+    replaced = target.exists() or target.is_symlink()
+    if replaced:
         os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if replaced:
+            os.rename(old, target)
+        raise
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -188,8 +197,13 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     root = resolve_folder(folder)
     files = [WEIGHTS]
     if not (root / WEIGHTS).is_file() and (root / WEIGHTS_INDEX).is_file():
-        index = json.loads((root / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-        files = sorted({Path(name).name for name in index["weight_map"].values()})
+        try:
+            index = json.loads((root / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+            files = sorted({Path(name).name for name in index["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{root / WEIGHTS_INDEX} is damaged ({error!r}); restore it from a copy"
+            ) from error
     weights: dict[str, Tensor] = {}
     for name in files:
         if not (root / name).is_file():

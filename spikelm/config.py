@@ -90,6 +90,13 @@ class ModelConfig:
         if not isinstance(self.layers, (list, tuple)) or not self.layers:
             raise ConfigError(f"layers is {self.layers!r}; expected a list of {{mixer: ..., channel: ...}}")
         object.__setattr__(self, "layers", tuple(self.layers))
+        if len(self.layers) > self.num_hidden_layers:
+            raise ConfigError(
+                f"layers has {len(self.layers)} entries for {self.num_hidden_layers} blocks; "
+                "expected a pattern that is at most as long as num_hidden_layers"
+            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false")
         for layer in self.layers:
             if not isinstance(layer, Mapping) or set(layer) != {"mixer", "channel"}:
                 raise ConfigError(f"a layer is {layer!r}; expected exactly the keys mixer and channel")

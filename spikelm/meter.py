@@ -71,19 +71,20 @@ class Meter:
                 spiking=spiking,
                 in_features=x.shape[-1],
                 out_features=out_features,
-                tokens=zero.clone(),
-                nonzero=zero.clone(),
-                magnitude=zero.clone(),
-                clipped=zero.clone(),
+                tokens=zero,
+                nonzero=zero,
+                magnitude=zero,
+                clipped=zero,
                 fired=silent,
             )
         entry = self.counts[path]
-        entry.tokens += rows.shape[0]
-        entry.nonzero += nonzero.sum()
-        entry.magnitude += magnitude.sum(dtype=torch.float64)
+        # Not in place: a tensor made in inference mode could not be updated outside it.
+        entry.tokens = entry.tokens + rows.shape[0]
+        entry.nonzero = entry.nonzero + nonzero.sum()
+        entry.magnitude = entry.magnitude + magnitude.sum(dtype=torch.float64)
         if cap is not None:
-            entry.clipped += (magnitude >= cap).sum()
-        entry.fired |= nonzero.any(0)
+            entry.clipped = entry.clipped + (magnitude >= cap).sum()
+        entry.fired = entry.fired | nonzero.any(0)
         if path in self.raster:
             self.rasters.setdefault(path, []).append(x.detach().to("cpu", torch.float32))
 

@@ -8,6 +8,8 @@ training and decoding.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
@@ -16,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from spikelm.block import Block, fire, make_projection
 from spikelm.config import ModelConfig
-from spikelm.errors import ShapeError
+from spikelm.errors import ConfigError, ShapeError, nearest
 from spikelm.initialisation import initialise
 from spikelm.neurons.base import build_neuron
+from spikelm.projection import Projection
 from spikelm.recurrence import EMPTY, Context, Part, zero_invalid
 from spikelm.state import State
 
@@ -49,6 +52,7 @@ class SpikeLM(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Part):
                 module.path = name
+        self._check_overrides()
         initialise(self)
         self.tie_weights()
 
@@ -85,8 +89,9 @@ class SpikeLM(nn.Module):
         Args:
             tokens: int64 [B, T], or [B] for a single step.
             state: state before the first token; None for the initial one.
-            ctx: reset and valid [B, T], meter, random source, auxiliary losses.
-            last_only: logits of the last column only, [B, 1, V] (a head without memory sees no other).
+            ctx: reset and valid (in tokens' shape), meter, random source, auxiliary losses.
+            last_only: logits of every row's last valid token only, [B, 1, V] (zero for a row without one; a
+                head without memory is not run on the others).
 
         Returns:
             logits [B, T, V] (or [B, V]) and the state after the last token.
@@ -94,12 +99,18 @@ class SpikeLM(nn.Module):
         Raises:
             ShapeError: if tokens, reset or valid have another shape.
         """
+        if tokens.dim() == 1 and (ctx.reset is not None or ctx.valid is not None):
+            self._check(tokens, ctx)
+            logits, state = self.forward(tokens[:, None], state, _one_column(ctx))
+            return logits[:, 0], state
         h, state = self.hidden(tokens, state, ctx)
-        if last_only and h.dim() == 3 and not state["head"]:
-            h, ctx = h[:, -1:], _last_column(ctx)
+        if not last_only or h.dim() == 2:
+            return self.head_logits(h, state, ctx)
+        if not state.get("head"):
+            h, ctx = _last_valid(h, ctx), replace(ctx, reset=None, valid=None)
             return self.head_logits(h, state, ctx)
         logits, state = self.head_logits(h, state, ctx)
-        return (logits[:, -1:] if last_only and logits.dim() == 3 else logits), state
+        return _last_valid(logits, ctx), state
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, ctx: Context = EMPTY
@@ -142,6 +153,14 @@ class SpikeLM(nn.Module):
                 names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
         return names
 
+    def _check_overrides(self) -> None:
+        """Every pattern of neuron_overrides must name a projection."""
+        paths = [name for name, module in self.named_modules() if isinstance(module, Projection)]
+        paths += [] if self.head is not None else ["head"]
+        for pattern in self.config.neuron_overrides:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ConfigError(nearest("projection in neuron_overrides", pattern, paths))
+
     def _dropout(self, x: Tensor, path: str, ctx: Context) -> Tensor:
         p = self.config.dropout
         if p == 0.0 or ctx.random is None or not self.training:
@@ -161,26 +180,34 @@ class SpikeLM(nn.Module):
                 )
 
 
-def _last_column(ctx: Context) -> Context:
-    import dataclasses
-
-    return dataclasses.replace(
+def _one_column(ctx: Context) -> Context:
+    """The context of a single step, as that of a sequence of one token."""
+    random = ctx.random
+    return replace(
         ctx,
-        reset=None if ctx.reset is None else ctx.reset[:, -1:],
-        valid=None if ctx.valid is None else ctx.valid[:, -1:],
+        reset=None if ctx.reset is None else ctx.reset[:, None],
+        valid=None if ctx.valid is None else ctx.valid[:, None],
+        random=None if random is None else replace(random, position=random.position[:, None]),
     )
+
+
+def _last_valid(y: Tensor, ctx: Context) -> Tensor:
+    """Every row's last valid column, y [B, T, D] -> [B, 1, D]; the last one (zero) where none is valid."""
+    if ctx.valid is None:
+        return y[:, -1:]
+    columns = torch.arange(y.shape[1], device=y.device)
+    last = torch.where(ctx.valid, columns, -1).amax(1) % y.shape[1]
+    return y.take_along_dim(last[:, None, None], 1)
 
 
 def _checkpointed(block: Block, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
     """The block with its activations recomputed in backward; meter and losses work in the first pass only."""
-    import dataclasses
-
     first = True
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State, list[Tensor]]:
         nonlocal first
         losses: list[Tensor] = []
-        inner = dataclasses.replace(
+        inner = replace(
             ctx, meter=ctx.meter if first else None, losses=None if ctx.losses is None else losses
         )
         first = False

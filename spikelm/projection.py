@@ -59,7 +59,7 @@ class Projection(Part):
             )
         y = cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
         if scale is not None:
-            y = y * scale.to(y.dtype)
+            y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y, state

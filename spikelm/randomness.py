@@ -39,10 +39,11 @@ class CounterRandom:
 
     def uniform(self, part: str, channels: int) -> Tensor:
         """Uniform numbers in [0, 1), float32 [B, T, channels] (or [B, channels] for a single step)."""
-        key = (zlib.crc32(part.encode()) << 32) ^ (self.seed & 0xFFFFFFFF)
         device = self.position.device
+        # Every part of the key is mixed before the next is added: seeds, parts and streams share no numbers.
+        key = _mix(torch.tensor(self.seed & _MASK, device=device)) + zlib.crc32(part.encode())
         stream = self.stream.to(device).view(-1, *([1] * (self.position.dim() - 1)))
-        row = _mix(_mix(stream + (key & _MASK)) + self.position)
+        row = _mix(_mix(stream ^ _mix(key)) + self.position)
         # One hash serves two channels: 24 bits, all that a float32 in [0, 1) can show, for each.
         index = torch.arange((channels + 1) // 2, device=device, dtype=torch.int64)
         bits = _mix(row.unsqueeze(-1) * 0x2545F491 + index * 0x9E3779B1)

@@ -96,6 +96,10 @@ class Part(nn.Module):
         if state is None:
             state = self.init_state(x.shape[0], x.device, memory_dtype(x))
         if x.dim() == 2:
+            if ctx.reset is not None or ctx.valid is not None:
+                raise ShapeError(
+                    f"{type(self).__name__} got reset or valid with a single step [B, D]; give it [B, 1, D]"
+                )
             return self.step(x, state, ctx)
         if x.dim() != 3:
             raise ShapeError(f"{type(self).__name__} got {tuple(x.shape)}; expected [B, D] or [B, T, D]")
@@ -147,7 +151,7 @@ def token_shift(x: Tensor, last: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         ctx: a reset makes the previous token zero; invalid tokens are passed over.
 
     Returns:
-        previous [B, T, D] in x's dtype, and the new ``last`` [B, D] in the dtype of the old one.
+        previous [B, T, D] in x's dtype, and the new ``last`` [B, D] in the memory dtype.
     """
     T = x.shape[1]
     before = torch.cat([last.to(x.dtype)[:, None], x], 1)
@@ -155,7 +159,7 @@ def token_shift(x: Tensor, last: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         previous, final = before[:, :-1], x[:, -1]
         if ctx.reset is not None:
             previous = previous.masked_fill(ctx.reset[..., None], 0.0)
-        return previous, final.to(last.dtype)
+        return previous, final.to(memory_dtype(x))
     # Column s of `before` is token s - 1; column 0 is the incoming state.
     column = torch.arange(1, T + 1, device=x.device)
     newest = torch.cummax(torch.where(ctx.valid, column, 0), 1).values
@@ -166,4 +170,4 @@ def token_shift(x: Tensor, last: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         wiped = torch.cummax(torch.where(ctx.reset, column, 0), 1).values
         wiped = torch.cat([wiped, wiped[:, -1:]], 1)
         gathered = gathered.masked_fill((wiped > 0)[..., None] & (source < wiped)[..., None], 0.0)
-    return gathered[:, :-1], gathered[:, -1].to(last.dtype)
+    return gathered[:, :-1], gathered[:, -1].to(memory_dtype(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -105,6 +106,40 @@ def test_damage_is_named(tmp_path: Path) -> None:
     fresh()
     damage_config(folder, hidden_sise=8)
     refused("hidden_size")
+
+
+def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "c", small(0))
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if ".writing-" in str(source):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path / "c", small(1))
+    assert torch.equal(load_model(tmp_path / "c").embedding.weight, small(0).embedding.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+
+
+def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", small(0))
+    (tmp_path / "link").symlink_to("a")
+    save_checkpoint(tmp_path / "link", small(1))
+    assert torch.equal(load_model(tmp_path / "a").embedding.weight, small(0).embedding.weight)
+    assert torch.equal(load_model(tmp_path / "link").embedding.weight, small(1).embedding.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "link"]
+
+
+def test_a_damaged_index_of_shards_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, small(), extra={})
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+            load_model(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

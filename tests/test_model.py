@@ -15,6 +15,8 @@ from spikelm.config import ModelConfig
 from spikelm.errors import ConfigError, ShapeError
 from spikelm.meter import Meter
 from spikelm.model import SpikeLM
+from spikelm.neurons import build_neuron
+from spikelm.projection import Projection
 from spikelm.randomness import CounterRandom
 from spikelm.recurrence import Context
 
@@ -86,6 +88,43 @@ def test_last_only_is_the_last_column(design: str) -> None:
     assert states.flatten(state).keys() == states.flatten(end).keys()
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_last_only_with_padding_is_the_last_real_token(design: str, side: str) -> None:
+    model, ids = small(design), tokens(2, 6)
+    plain, _ = model(ids, last_only=True)
+    pad = torch.zeros(2, 3, dtype=torch.long)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[:, slice(0, 3) if side == "left" else slice(6, 9)] = False
+    padded = torch.cat([pad, ids] if side == "left" else [ids, pad], 1)
+    logits, _ = model(padded, ctx=Context(valid=valid), last_only=True)
+    same(logits, plain)
+    everywhere, _ = model(padded, ctx=Context(valid=valid))
+    assert not everywhere[~valid].any(), "outputs are zero where a token is invalid"
+    hidden, _ = model.hidden(padded, ctx=Context(valid=valid))
+    assert not hidden[~valid].any()
+    nothing, _ = model(padded, ctx=Context(valid=torch.zeros_like(valid)), last_only=True)
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_masks_hold_for_single_steps_too(design: str) -> None:
+    model, ids = small(design), tokens(3, 5)
+    _, state = model(ids)
+    one = ids[:, 0]
+    reset = torch.tensor([True, False, True])
+    logits, new = model(one, state, Context(reset=reset))
+    same(logits[reset], model(one[reset])[0])
+    same(logits[~reset], model(one, state)[0][~reset])
+    logits, new = model(one, state, Context(valid=~reset))
+    assert not logits[reset].any()
+    kept = torch.nonzero(reset)[:, 0]
+    for name, value in states.flatten(states.select_rows(new, kept)).items():
+        same(value, states.flatten(states.select_rows(state, kept))[name])
+    with pytest.raises(ShapeError, match="single step"):
+        model.blocks[0].mixer(torch.zeros(3, 12, dtype=torch.float64), None, Context(reset=reset))
+
+
 def test_published_sizes() -> None:
     with torch.device("meta"):
         assert SpikeLM(ModelConfig.from_yaml("spikegpt-216m")).num_parameters() == 215_399_424
@@ -148,6 +187,39 @@ def test_meter_calls_the_published_design_dense_and_skips_padding() -> None:
     assert 0 < summary["neurons"]["blocks.1.channel_neuron"]["firing_rate"] < 1
 
 
+def test_meter_counts_what_is_there() -> None:
+    meter = Meter()
+    x = torch.tensor([[0.0, 3.0, -4.0, 0.0], [0.0, 4.0, 0.0, 0.0]])
+    for _ in range(2):
+        meter.record("p", x, spiking=True, out_features=5, valid=None, cap=4)
+    entry = meter.summary()["projections"]["p"]
+    assert entry["tokens"] == 4 and entry["firing_rate"] == 3 / 8 and entry["mean_count"] == 11 / 8
+    assert entry["at_cap"] == 2 / 8 and entry["never_fired"] == 2 / 4
+
+
+def test_meter_outlives_inference_mode() -> None:
+    model, meter = small(), Meter()
+    with torch.inference_mode():
+        model(tokens(2, 3), ctx=Context(meter=meter))
+    model(tokens(2, 4), ctx=Context(meter=meter))
+    assert meter.summary()["projections"]["head"]["tokens"] == 14
+
+
+@torch.no_grad()
+def test_scale_keeps_its_precision_in_low_precision_weights() -> None:
+    torch.manual_seed(0)
+    projection = Projection(64, 8, build_neuron({"name": "adaptive"}, 64))
+    x = 1e-6 * torch.randn(5, 64)
+    exact, _ = projection(x)
+    counts, scale, _ = projection.neuron.encode(x, {}, Context())
+    assert scale is not None and scale.dtype == torch.float32
+    low, _ = projection.bfloat16()(x)
+    torch.testing.assert_close(low.float(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
+    half, _ = projection.half()(x.half())
+    reached = float(half.float().abs().max()) / float(exact.abs().max())
+    assert 0.5 < reached < 2.0
+
+
 def test_overrides_reach_single_projections() -> None:
     model = small(
         neuron_overrides={"blocks.*.channel.value": {"name": "none"}, "head": {"name": "heaviside"}}
@@ -183,6 +255,17 @@ def test_rate_target_moves_the_firing_rate(neuron: dict[str, Any]) -> None:
         torch.stack(losses).sum().backward()
         optimiser.step()
     assert distances[-1] < 0.6 * distances[0]
+
+
+def test_rate_target_counts_real_tokens_only() -> None:
+    neuron = build_neuron({"name": "heaviside", "rate_target": {"target": 0.0}}, 4)
+    x = torch.ones(2, 6, 4)
+    x[:, 3:] = -1
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[:, 3:] = False
+    losses: list[Tensor] = []
+    neuron(x, {}, Context(losses=losses, valid=valid))
+    assert float(losses[0]) == pytest.approx(1.0), "all of the real tokens fire"
 
 
 def test_rate_target_schedule() -> None:
@@ -229,6 +312,27 @@ def test_dropout_depends_on_place_not_on_chunking() -> None:
     same(model.eval()(ids, ctx=random(0, 10))[0], model(ids)[0])
 
 
+def test_dropout_keeps_the_mean() -> None:
+    model = small("twin", dropout=0.25).train()
+    position = torch.arange(500).expand(4, -1)
+    ctx = Context(random=CounterRandom(seed=7, stream=torch.arange(4), position=position))
+    y = model._dropout(torch.ones(4, 500, 12), "blocks.0", ctx)
+    assert y.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(y.mean()) == pytest.approx(1.0, abs=0.02)
+    assert model._dropout(torch.ones(1), "blocks.0", Context()).item() == 1.0
+
+
+def test_seeds_share_no_numbers() -> None:
+    position = torch.arange(8).expand(6, 8)
+    rows = [
+        CounterRandom(seed=seed, stream=torch.arange(6), position=position).uniform("a", 4)
+        for seed in (0, 1, 2, 1 << 40)
+    ]
+    flat = torch.cat(rows).reshape(-1, 8 * 4)
+    assert len(flat.unique(dim=0)) == len(flat), "two seeds draw the same row"
+
+
 def test_counter_random_is_uniform_and_has_no_visible_structure() -> None:
     random = CounterRandom(seed=1, stream=torch.arange(8), position=torch.arange(64).expand(8, 64))
     u = random.uniform("a", 64)
@@ -260,6 +364,9 @@ def test_initial_weights_follow_the_table() -> None:
     assert float(mixer.mix_v[4]) == pytest.approx((4 / 16) ** (1 - 1 / 3) + 0.15, abs=1e-6)
     assert float(mixer.mix_r[4]) == pytest.approx((4 / 16) ** (0.5 * (1 - 1 / 3)), abs=1e-6)
     assert 5e-5 < float(model.embedding.weight.std()) < 2e-4
+    assert model.head is not None
+    head = model.head.linear.weight
+    torch.testing.assert_close(head.T @ head, 0.25 * 19 / 16 * torch.eye(16), rtol=0, atol=1e-5)
 
 
 def test_bad_input_is_refused_in_one_sentence() -> None:
@@ -289,7 +396,11 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
         ({"neuron": {"tau": 2}}, "name"),
         ({"layers": [{"mixer": {"name": "wkv5"}, "channel": {"name": "rwkv"}}]}, "wkv4"),
         ({"layers": [{"mixer": {"name": "wkv4"}}]}, "mixer and channel"),
+        ({"layers": [{"mixer": {"name": "wkv4"}, "channel": {"name": "rwkv"}}] * 4}, "at most"),
         ({"placement": "inside"}, "before"),
+        ({"tie_word_embeddings": "no"}, "true or false"),
+        ({"neuron_overrides": {"blocks.*.chanel.value": {"name": "lif"}}}, "channel.value"),
+        ({"neuron_overrides": {"blocks.0.mixer_neuron": {"name": "lif"}}}, "blocks.0.mixer"),
         ({"eos_token_id": 99}, "vocabulary"),
         ({"dropout": 2}, "dropout"),
     ],
