@@ -16,7 +16,7 @@ from spikelm.kernels.lif import lif
 from spikelm.kernels.lif.c import SEGMENT, SURROGATES, lif_backward, lif_forward
 from spikelm.kernels.lif.surrogates import DERIVATIVES, spike
 
-SHAPES = [(1, 1, 1), (2, 1, 17), (1, 2, 3), (1, 33, 1), (2, 64, 128), (3, 65, 17), (1, 40, 130)]
+SHAPES = [(1, 1, 1), (2, 1, 17), (1, 2, 3), (1, 33, 1), (2, 64, 128), (3, 65, 17), (1, 40, 130), (11, 9, 5)]
 VARIANTS = [
     {"soft_reset": soft, "decay_input": decay, "detach_reset": detach, "surrogate": surrogate}
     for soft, decay, detach, surrogate in itertools.product(

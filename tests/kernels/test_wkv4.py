@@ -13,7 +13,7 @@ from spikelm.kernels.dispatch import use_backend
 from spikelm.kernels.wkv4 import initial_state, wkv4
 from spikelm.kernels.wkv4.c import SEGMENT, wkv4_backward, wkv4_forward
 
-SHAPES = [(1, 1, 1), (2, 1, 17), (1, 2, 3), (1, 33, 1), (2, 64, 64), (3, 65, 17), (1, 100, 130)]
+SHAPES = [(1, 1, 1), (2, 1, 17), (1, 2, 3), (1, 33, 1), (2, 64, 64), (3, 65, 17), (1, 100, 130), (11, 9, 5)]
 NAMES = ("y", "state", "grad w", "grad u", "grad k", "grad v", "grad state")
 
 
