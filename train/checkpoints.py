@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,36 +39,43 @@ class CheckpointStore:
         self.keep = keep
 
     def open(self) -> None:
-        """Create the folders and remove what an interrupted write left behind.
+        """Create the folders and see whether they can be written; another run's files are not touched.
 
         Raises:
             TrainingError: the folder cannot be created or written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".probe"
-            probe.write_bytes(b"x")
-            probe.unlink()
-            self._clear_partial()
+            with tempfile.TemporaryFile(dir=self.folder) as probe:
+                probe.write(b"x")
         except OSError as error:
-            raise TrainingError(
-                f"the run's folder {self.out} cannot be written ({why(error)}); choose another: out=FOLDER"
-            ) from error
+            raise self._unwritable(error) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run's folder; the lock goes with the process, however it ends.
+        """Hold the run's folder, cleared of what an interrupted write left behind.
+
+        The lock goes with the process, however it ends.
 
         Raises:
-            TrainingError: another process trains in the same folder.
+            TrainingError: another process trains in the same folder, or the folder cannot be written.
         """
-        with (self.out / "run.lock").open("w") as stream:
+        try:
+            stream = (self.out / "run.lock").open("w")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise TrainingError(
                     f"another process is training in {self.out}; wait for it or choose another out folder"
                 ) from error
+            try:
+                # Only now: before the lock is held, this may be what another process is writing.
+                self._clear_partial()
+            except OSError as error:
+                raise self._unwritable(error) from error
             yield
 
     def steps(self) -> list[int]:
@@ -123,9 +131,10 @@ class CheckpointStore:
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, Record] | None:
         """The newest checkpoint whose checksums hold, or None if there is no checkpoint at all.
 
+        Nothing is changed: whose run this is, the caller has yet to see. Then comes :meth:`adopt`.
+
         Args:
-            warn: told about every checkpoint that is passed over; such a folder is set aside under a name
-                that starts with ``corrupt-``.
+            warn: told about every checkpoint that is passed over.
 
         Raises:
             CheckpointError: there are checkpoints and none can be used.
@@ -140,9 +149,6 @@ class CheckpointStore:
                 problem = str(error)
                 warn(f"checkpoint of step {step} is unusable: {problem}; trying the one before")
                 continue
-            self._set_aside(after=step)
-            self._mend_pointer(folder, warn)
-            self._prune(step)
             return folder, record
         if steps:
             raise CheckpointError(
@@ -151,6 +157,31 @@ class CheckpointStore:
                 "restore one, or choose another out folder to start anew"
             )
         return None
+
+    def adopt(self, step: int, warn: Callable[[str], None]) -> None:
+        """Make the checkpoint of ``step`` the newest one: the run goes on from there.
+
+        Later checkpoints (they were passed over) are set aside under names that start with ``corrupt-``,
+        ``latest`` is mended, and all but the ``keep`` newest checkpoints are removed.
+
+        Args:
+            step: of the checkpoint that :meth:`newest` found.
+            warn: told when ``latest`` was not what it should be.
+
+        Raises:
+            TrainingError: the folder cannot be written.
+        """
+        try:
+            self._set_aside(after=step)
+            self._mend_pointer(self.path(step), warn)
+            self._prune(step)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"the run's folder {self.out} cannot be written ({why(error)}); choose another: out=FOLDER"
+        )
 
     @property
     def _partial(self) -> Path:

@@ -333,14 +333,16 @@ class Trainer:
         before = record.identity.config.get("steps")
         if before != self.config.steps:
             warn(f"steps changed from {before} to {self.config.steps}; the schedule follows from here on")
-        self._state = replace(record.progress)
-        if self._state.step > self.config.steps:
+        step = record.progress.step
+        if step > self.config.steps:
             raise CheckpointError(
-                f"{self.out} has done {self._state.step} steps, more than steps={self.config.steps}; "
-                "raise steps"
+                f"{self.out} has done {step} steps, more than steps={self.config.steps}; raise steps"
             )
         self._backend.load(folder)
-        return self._state.step
+        # Only a run that is certainly this one may move or remove checkpoints.
+        self.store.adopt(step, warn)
+        self._state = replace(record.progress)
+        return step
 
     def _header(self, resumed: int | None) -> None:
         """First line of the log, or the line that says where the run went on."""

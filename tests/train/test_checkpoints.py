@@ -44,6 +44,8 @@ def store(tmp_path: Path, keep: int = 2, steps: tuple[int, ...] = ()) -> Checkpo
 def newest(opened: CheckpointStore) -> tuple[int, list[str]]:
     warnings: list[str] = []
     found = opened.newest(warnings.append)
+    if found is not None:
+        opened.adopt(found[1].progress.step, warnings.append)
     return (-1 if found is None else found[1].progress.step), warnings
 
 
@@ -101,7 +103,8 @@ def test_every_moment_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             pass
         again = CheckpointStore(out, keep)
         again.open()
-        step, warnings = newest(again)
+        with again.locked():
+            step, warnings = newest(again)
         found.append(step)
         assert not warnings
         assert again.latest.resolve() == again.path(step).resolve()
@@ -177,6 +180,24 @@ def test_pruning_never_removes_the_last_good_one(tmp_path: Path) -> None:
     assert newest(opened)[0] == 5
     opened.save(record(7), write)
     assert opened.steps() == [7] and newest(opened) == (7, [])
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    """Neither opening nor looking for the newest one may touch a folder that may be another run's."""
+    opened = store(tmp_path, keep=5, steps=(1, 2, 3, 4, 5))
+    flip(opened.path(5) / "model.safetensors")
+    (opened.folder / ".partial").mkdir()
+    (opened.folder / ".partial" / "half").touch()
+    opened.latest.unlink()
+    before = {path: path.stat().st_mtime_ns for path in opened.out.rglob("*") if path != opened.folder}
+    other = CheckpointStore(opened.out, keep=1)
+    other.open()
+    found = other.newest(lambda text: None)
+    assert found is not None and found[1].progress.step == 4
+    after = {path: path.stat().st_mtime_ns for path in opened.out.rglob("*") if path != opened.folder}
+    assert after == before
+    with other.locked():
+        assert not (other.folder / ".partial").exists()  # it is ours now
 
 
 @pytest.mark.parametrize("pointer", ["dangling", "older", "missing", "outside"])

@@ -220,14 +220,37 @@ def test_changed_text_is_refused_and_moved_text_is_not(make_values: Any, whole: 
         run(make_values(out=str(whole)))
 
 
-def test_resume_false_deletes_nothing(make_values: Any, whole: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds a run already \(step 12\)"):
-        run(make_values(out=str(whole), resume=False))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resume": False}, r"holds a run already \(step 12\)"),
+        ({"seed": 3}, "holds another run"),
+        ({"steps": 11}, "has done 12 steps"),
+    ],
+)
+def test_a_refused_run_deletes_nothing(
+    make_values: Any, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    run(make_values(keep=5, checkpoint_every=2))
+    folder = tmp_path / "run" / "checkpoints"
+    steps = [f"step-{step:08d}" for step in (4, 6, 8, 10, 12)]
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    with pytest.raises(CheckpointError, match=words):
+        run(make_values(keep=1, checkpoint_every=2, **changes))
+    assert sorted(path.name for path in folder.iterdir()) == steps
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+    run(make_values(keep=1, checkpoint_every=2))
+    assert [path.name for path in folder.iterdir()] == steps[-1:]
 
 
 def test_two_processes_in_one_folder(make_values: Any, tmp_path: Path) -> None:
     trainer = Trainer(TrainConfig.from_dict(make_values()))
     trainer.store.open()
-    with trainer.store.locked(), pytest.raises(TrainingError, match="another process is training"):
-        run(make_values())
+    with trainer.store.locked():
+        half = trainer.store.folder / ".partial" / "step-00000003"  # as while the first one saves
+        half.mkdir(parents=True)
+        with pytest.raises(TrainingError, match="another process is training"):
+            run(make_values())
+        assert half.is_dir()
     assert run(make_values()).step == 12
+    assert not half.parent.exists()
