@@ -3,7 +3,7 @@
 Order of operations (that of transformers): logit bias; repetition, presence and frequency penalties;
 temperature; top-k; top-p; min-p; draw. Arithmetic is float64 and every row is treated on its own. The random
 number of a draw is a function of (seed, stream, position), so a request gives the same text alone, in any
-batch, and after a restart.
+batch, and after a restart. A :class:`History` makes penalties cost the same at every length of the text.
 """
 
 from __future__ import annotations
@@ -12,17 +12,79 @@ import hashlib
 import math
 import numbers
 import secrets
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spikelm.errors import ConfigError, ShapeError, StateError
 
 _LIKELY = 1024  # candidates looked at before the whole vocabulary is sorted for top-p
+_LARGEST = torch.finfo(torch.float64).max
+
+
+class _Counts:
+    """How often each token occurred: ids int64 [n] and times float64 [n] of n different tokens."""
+
+    def __init__(self) -> None:
+        self._place: dict[int, int] = {}
+        self._ids = np.empty(16, dtype=np.int64)
+        self._times = np.empty(16, dtype=np.float64)
+        self.lowest = self.highest = 0  # of no meaning while there is no token
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def add(self, token: int) -> None:
+        place = self._place.get(token)
+        if place is not None:
+            self._times[place] += 1
+            return
+        place = len(self._place)
+        if place == len(self._ids):
+            self._ids, self._times = np.resize(self._ids, 2 * place), np.resize(self._times, 2 * place)
+        self.lowest = min(self.lowest, token) if place else token
+        self.highest = max(self.highest, token) if place else token
+        self._place[token], self._ids[place], self._times[place] = place, token, 1
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        return self._ids[: len(self._place)]
+
+    @property
+    def times(self) -> npt.NDArray[np.float64]:
+        return self._times[: len(self._place)]
+
+
+class History:
+    """The tokens of one request so far, as far as sampling needs them: how many, and how often each occurred.
+
+    Kept up by :meth:`append`, so that no step looks at all tokens again; its size is bounded by the
+    vocabulary.
+
+    Args:
+        prompt: tokens of the prompt, which presence and frequency penalties leave out.
+    """
+
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        self._length = 0
+        self.seen, self.generated = _Counts(), _Counts()
+        for token in prompt:
+            self._length += 1
+            self.seen.add(int(token))
+
+    def append(self, token: int) -> None:
+        """Note a generated token."""
+        self._length += 1
+        self.seen.add(int(token))
+        self.generated.add(int(token))
+
+    def __len__(self) -> int:
+        return self._length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +140,7 @@ class Sampler:
     def __call__(
         self,
         logits: Tensor,
-        history: Sequence[Sequence[int]],
+        history: Sequence[Sequence[int] | History],
         *,
         prompt_lengths: Sequence[int] | None = None,
         streams: Sequence[int] | None = None,
@@ -87,16 +149,17 @@ class Sampler:
 
         Args:
             logits: [B, V], any floating dtype; minus infinity forbids a token.
-            history: the tokens of every row so far, prompt included; their number is the draw's position.
+            history: the tokens of every row so far, prompt included; their number is the draw's position. A
+                :class:`History` costs the same at any length, with a plain sequence penalties read all of it.
             prompt_lengths: how many of them are the prompt, which presence and frequency leave out; 0
-                unless given.
+                unless given. A :class:`History` knows its own.
             streams: numbers that tell rows with the same seed apart; 0, 1, ... unless given.
 
         Returns:
             int64 [B] on the logits' device.
 
         Raises:
-            ShapeError: logits are not [B, V] or do not fit the history.
+            ShapeError: logits are not [B, V], V at least 1, or do not fit the history.
             StateError: logits are NaN or plus infinity, or forbid every token.
         """
         streams = range(len(history)) if streams is None else streams
@@ -105,7 +168,7 @@ class Sampler:
     def probabilities(
         self,
         logits: Tensor,
-        history: Sequence[Sequence[int]],
+        history: Sequence[Sequence[int] | History],
         *,
         prompt_lengths: Sequence[int] | None = None,
     ) -> Tensor:
@@ -122,7 +185,7 @@ class Sampler:
 def sample(
     logits: Tensor,
     samplers: Sequence[Sampler],
-    history: Sequence[Sequence[int]],
+    history: Sequence[Sequence[int] | History],
     *,
     prompt_lengths: Sequence[int] | None = None,
     streams: Sequence[int] | None = None,
@@ -133,7 +196,7 @@ def sample(
         logits: [B, V].
         samplers: one per row.
         history: tokens of every row so far.
-        prompt_lengths: how many of them are the prompt.
+        prompt_lengths: how many of them are the prompt (of plain sequences).
         streams: numbers that tell rows with the same seed apart; all 0 unless given.
     """
     values = _adjusted(logits, samplers, history, prompt_lengths)
@@ -163,7 +226,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 def _adjusted(
     logits: Tensor,
     samplers: Sequence[Sampler],
-    history: Sequence[Sequence[int]],
+    history: Sequence[Sequence[int] | History],
     prompt_lengths: Sequence[int] | None,
 ) -> Tensor:
     """Float64 logits [B, V] after bias and penalties."""
@@ -172,6 +235,8 @@ def _adjusted(
             f"logits are {tuple(logits.shape)} for {len(samplers)} samplers and {len(history)} histories; "
             "expected [B, V] with one of each per row"
         )
+    if logits.shape[1] == 0:
+        raise ShapeError(f"logits are {tuple(logits.shape)}; expected a vocabulary of at least one token")
     values = logits.to(torch.float64, copy=True)
     # One look at the device: NaN and +inf survive the maximum, a row of -inf is its own maximum.
     usable = values.amax(-1).isfinite()
@@ -181,37 +246,56 @@ def _adjusted(
             f"the logits of row {row} are NaN or infinite; the model's weights or state are damaged"
         )
     for row, sampler in enumerate(samplers):
-        tokens = history[row]
         first = 0 if prompt_lengths is None else prompt_lengths[row]
-        _adjust(values[row], sampler, tokens, first)
+        _adjust(values[row], sampler, history[row], first)
     return values
 
 
-def _adjust(values: Tensor, sampler: Sampler, tokens: Sequence[int], first: int) -> None:
+def _adjust(values: Tensor, sampler: Sampler, tokens: Sequence[int] | History, first: int) -> None:
     """Apply bias and penalties to one row [V] in place; tokens from ``first`` on were generated."""
     size, device = values.shape[0], values.device
-    generated = tokens[first:] if sampler.presence_penalty or sampler.frequency_penalty else ()
-    seen = tokens if sampler.repetition_penalty != 1 else generated
-    if seen and not 0 <= min(seen) <= max(seen) < size:
+    repeats = sampler.repetition_penalty != 1
+    counts = bool(sampler.presence_penalty or sampler.frequency_penalty)
+    if isinstance(tokens, History):
+        past = tokens
+    else:
+        past = _history(tokens, first) if repeats or counts else History()
+    seen = past.seen if repeats else past.generated
+    if (repeats or counts) and len(seen) and not 0 <= seen.lowest <= seen.highest < size:
         raise ShapeError(
-            f"the history holds tokens {min(seen)} to {max(seen)} and the logits only {size} columns"
+            f"the history holds tokens {seen.lowest} to {seen.highest} and the logits only {size} columns"
         )
     if sampler.logit_bias:
         ids = [int(token) for token in sampler.logit_bias]
         if max(ids) >= size:
             raise ConfigError(f"logit_bias names token {max(ids)}; expected ids below {size}")
         bias = torch.tensor(list(sampler.logit_bias.values()), dtype=torch.float64, device=device)
-        values[torch.tensor(ids, device=device)] += bias
-    if sampler.repetition_penalty != 1 and tokens:
-        ids = sorted({int(token) for token in tokens})
-        old = values[torch.tensor(ids, device=device)]
+        _change(values, torch.tensor(ids, device=device), lambda old: old + bias)
+    if repeats and len(past.seen):
         penalty = float(sampler.repetition_penalty)
-        values[torch.tensor(ids, device=device)] = torch.where(old > 0, old / penalty, old * penalty)
-    if generated:
-        counts = Counter(int(token) for token in generated)
-        times = torch.tensor(list(counts.values()), dtype=torch.float64, device=device)
+        where = torch.from_numpy(past.seen.ids).to(device)
+        _change(values, where, lambda old: torch.where(old > 0, old / penalty, old * penalty))
+    if counts and len(past.generated):
+        times = torch.from_numpy(past.generated.times).to(device)
         change = sampler.presence_penalty + sampler.frequency_penalty * times
-        values[torch.tensor(list(counts), device=device)] -= change
+        _change(values, torch.from_numpy(past.generated.ids).to(device), lambda old: old - change)
+
+
+def _change(values: Tensor, where: Tensor, new: Callable[[Tensor], Tensor]) -> None:
+    """Replace logits [V] at ``where``; what leaves the range of float64 is held at its end.
+
+    Only a token the model itself forbids (minus infinity) stays impossible, so that no penalty, however
+    large, leaves nothing to choose.
+    """
+    old = values[where]
+    values[where] = torch.where(old.isinf(), old, new(old).clamp(-_LARGEST, _LARGEST))
+
+
+def _history(tokens: Sequence[int], prompt_length: int) -> History:
+    past = History(tokens[:prompt_length])
+    for token in tokens[prompt_length:]:
+        past.append(token)
+    return past
 
 
 def _distribution(values: Tensor, samplers: Sequence[Sampler]) -> Tensor:

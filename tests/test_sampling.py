@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikelm.errors import ConfigError, ShapeError, StateError
-from spikelm.sampling import Sampler, sample, token_logprobs
+from spikelm.sampling import History, Sampler, sample, token_logprobs
 
 HISTORY = [[0, 3, 3, 5], [1, 1, 2, 9]]
 
@@ -84,6 +84,57 @@ def test_penalties_and_bias_change_the_logits_as_stated() -> None:
     found = sampler.probabilities(logits, HISTORY, prompt_lengths=[1, 2])
     torch.testing.assert_close(found, expected.softmax(-1))
     assert logits.eq(0).all()  # the model's logits are left alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 39), max_size=40),
+    st.lists(st.integers(0, 39), max_size=40),
+    st.sampled_from([0.8, 1.0, 1.3]),
+    st.sampled_from([-0.4, 0.0, 0.5]),
+    st.sampled_from([-0.1, 0.0, 0.25]),
+)
+def test_a_kept_history_equals_the_plain_tokens(
+    prompt: list[int], generated: list[int], repetition: float, presence: float, frequency: float
+) -> None:
+    history = History(prompt)
+    for token in generated:
+        history.append(token)
+    assert len(history) == len(prompt) + len(generated)
+    penalties = {"presence_penalty": presence, "frequency_penalty": frequency}
+    sampler = Sampler(repetition_penalty=repetition, seed=1, **penalties)
+    logits, plain, lengths = random_logits(1), [prompt + generated], [len(prompt)]
+    assert torch.equal(
+        sampler.probabilities(logits, [history]), sampler.probabilities(logits, plain, prompt_lengths=lengths)
+    )
+    assert torch.equal(sampler(logits, [history]), sampler(logits, plain, prompt_lengths=lengths))
+
+
+def test_a_draw_costs_the_same_at_any_length() -> None:
+    """Work is counted: how often tokens of the history are hashed, compared or converted for a draw."""
+    touched = 0
+
+    def counted(name: str) -> Any:
+        def method(self: int, *others: Any) -> Any:
+            nonlocal touched
+            touched += 1
+            return getattr(int, name)(self, *others)
+
+        return method
+
+    names = ("__hash__", "__eq__", "__lt__", "__gt__", "__le__", "__ge__", "__int__", "__index__")
+    Token = type("Token", (int,), {name: counted(name) for name in names})
+    sampler = Sampler(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1, seed=0)
+    logits, history = random_logits(1), History([Token(1), Token(2)])
+    for length in (10, 10_000):
+        while len(history) < length:
+            history.append(Token(len(history) % 7))
+        touched = 0
+        sampler(logits, [history])
+        assert touched == 0
+        assert len(history.seen.ids) == len(history.generated.times) == 7
+    sampler(logits, [[Token(3)] * 10_000])
+    assert touched >= 10_000  # the count sees what reading everything costs
 
 
 def test_greedy() -> None:
@@ -228,7 +279,32 @@ def test_damaged_logits_are_refused(bad: float) -> None:
         Sampler()(torch.full((1, 4), -math.inf), [[]])
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-3, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1e308},
+        {"repetition_penalty": 5e-324},
+        {"presence_penalty": 1.7e308, "frequency_penalty": 1.7e308},
+        {"presence_penalty": -1.7e308, "frequency_penalty": -1.7e308},
+        {"logit_bias": dict.fromkeys(range(4), -1.7e308), "repetition_penalty": 10.0},
+    ],
+)
+def test_huge_penalties_leave_a_token_to_choose(options: dict[str, Any], temperature: float) -> None:
+    sampler = Sampler(temperature=temperature, seed=0, **options)
+    for logits in (torch.tensor([[-3.0, -4, -5, -6, -math.inf]]), torch.tensor([[3.0, 4, 5, 6, -math.inf]])):
+        for history in ([0, 1, 2, 3], [0, 1, 2, 3] * 3):
+            found = sampler.probabilities(logits, [history])
+            assert torch.isfinite(found).all() and found.sum() == pytest.approx(1)
+            assert found[0, 4] == 0  # what the model forbids stays forbidden
+            assert int(sampler(logits, [history])) < 4
+
+
 def test_misshapen_input_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"\(2, 0\); expected a vocabulary of at least one token"):
+        Sampler()(torch.zeros(2, 0), [[], []])
+    with pytest.raises(ShapeError, match="history holds tokens 2 to 4"):
+        Sampler(repetition_penalty=2)(torch.zeros(1, 4), [History([2, 4])])
     with pytest.raises(ShapeError, match=r"\(4,\)"):
         Sampler()(torch.zeros(4), [[]])
     with pytest.raises(ShapeError, match="one of each per row"):
