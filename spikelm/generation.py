@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spikelm.errors import ConfigError, DataError
 from spikelm.recurrence import EMPTY, Context
-from spikelm.sampling import Sampler, token_logprobs
+from spikelm.sampling import History, Sampler, token_logprobs
 from spikelm.state import State
 
 if TYPE_CHECKING:
@@ -143,19 +143,19 @@ def _pieces(
     if max_tokens == 0:
         return
     device = next(model.parameters()).device
-    history, prompt_length = list(tokens), len(tokens)
+    history = History(tokens)
     stream, tail = tokenizer.decode_stream(), StopStrings(stop)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():  # never across a yield: it would reach into the caller
-            state = model.init_state(1, device=device, max_len=prompt_length + max_tokens)
+            state = model.init_state(1, device=device, max_len=len(tokens) + max_tokens)
             prompt = torch.tensor([tokens], dtype=torch.int64, device=device)
             logits, state = prefill(model, prompt, state, ctx, chunk, on_prefill)
         for number in range(1, max_tokens + 1):
             with torch.inference_mode():
                 known = logits[:, : tokenizer.vocab_size]  # a padded vocabulary has ids without text
-                chosen = sampler(known, [history], prompt_lengths=[prompt_length])
+                chosen = sampler(known, [history])
                 logprob = float(token_logprobs(known, chosen))
             token = int(chosen)
             history.append(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from spikelm.checkpoint import save_checkpoint
 from spikelm.cli import main
 from spikelm.config import ModelConfig
+from spikelm.data.decode_stream import TextStream
 from spikelm.errors import ConfigError, DataError
 from spikelm.generation import Piece, StopStrings, generate, prompt_tokens
 from spikelm.meter import Meter
@@ -157,9 +159,9 @@ def test_a_padded_vocabulary_is_never_sampled() -> None:
 class Scripted(torch.nn.Module):
     """A model in the shape of SpikeLM that wants to say one text, whatever the prompt."""
 
-    def __init__(self, script: bytes) -> None:
+    def __init__(self, script: bytes, vocab_size: int = 256) -> None:
         super().__init__()
-        self.config = ModelConfig(vocab_size=256, hidden_size=8, num_hidden_layers=1)
+        self.config = ModelConfig(vocab_size=vocab_size, hidden_size=8, num_hidden_layers=1)
         self.script = script
         self.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
 
@@ -169,7 +171,7 @@ class Scripted(torch.nn.Module):
         return {"position": torch.zeros(batch, dtype=torch.int64)}
 
     def forward(self, tokens: torch.Tensor, state: Any, ctx: Any, last_only: bool = False) -> Any:
-        logits = torch.zeros(1, 256)
+        logits = torch.zeros(1, self.config.vocab_size)
         logits[0, self.script[int(state["position"])]] = 50.0
         state = {"position": state["position"] + 1}
         return (logits[:, None] if tokens.dim() == 2 else logits), state
@@ -192,6 +194,47 @@ def test_stop_strings_span_pieces() -> None:
     assert text(say(b"one EN", stop=("END",))) == "one EN"
     assert say(b"one EN", stop=("END",))[-1].finish_reason == "length"
     assert text(say("aé日b".encode(), stop=("日",))) == "aé"
+
+
+class Unfinished:
+    """The part of a tokenizer that generation needs; no token of it ever completes a character."""
+
+    vocab_size, eos_id, bos_id = 4, None, None
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode_stream(self) -> TextStream:
+        return TextStream(self.decode)
+
+    def decode(self, tokens: list[int]) -> str:
+        self.decoded += len(tokens)
+        return "\ufffd" * len(tokens)
+
+
+def test_a_token_costs_the_same_at_any_length() -> None:
+    """Work is counted: lines of Python run and tokens decoded between two pieces."""
+    penalised = Sampler(temperature=0, repetition_penalty=1.1, frequency_penalty=1e-6)
+    lines = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        lines += event == "line" and "spikelm" in frame.f_code.co_filename
+        return trace
+
+    for tokenizer in (BYTES, Unfinished()):
+        model = Scripted(b"\x01" * 3000, tokenizer.vocab_size)
+        pieces = generate(model, tokenizer, [1, 2], 3000, penalised, stop=("\x01\x01END",))  # type: ignore[arg-type]
+        work = []
+        before = sys.gettrace()
+        for number, _ in enumerate(pieces, 1):
+            if number in (200, 2800):
+                lines, decoded = 0, getattr(tokenizer, "decoded", 0)
+                sys.settrace(trace)
+            elif number in (264, 2864):  # a multiple of what may wait for a character
+                sys.settrace(before)
+                work.append((lines, getattr(tokenizer, "decoded", 0) - decoded))
+        assert work[0] == work[1] and work[0][0] > 0
 
 
 @settings(deadline=None)

@@ -6,6 +6,8 @@ import codecs
 from collections.abc import Callable
 from typing import Protocol
 
+_LONGEST = 32  # tokens that may wait for a character to become complete (UTF-8 needs four)
+
 
 class DecodeStream(Protocol):
     """Turns token ids into text piece by piece; the pieces joined are the decoded text."""
@@ -42,6 +44,9 @@ class ByteStream:
 class TextStream:
     """Decode stream of any other tokenizer: the new text is what one more token adds to the decoded text.
 
+    A few tokens at most are decoded again for each new one: where very many in a row complete no character
+    (bytes that are not UTF-8, special tokens), what they decode to is returned as it is.
+
     Args:
         decode: decodes a list of token ids.
     """
@@ -56,7 +61,8 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._ids[: self._returned])
         text = self._decode(self._ids)
-        if len(text) <= len(before) or text.endswith("\ufffd"):
+        waiting = len(self._ids) - self._returned
+        if waiting < _LONGEST and (len(text) <= len(before) or text.endswith("\ufffd")):
             return ""
         self._ids = self._ids[self._returned :]
         self._returned = len(self._ids)
