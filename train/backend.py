@@ -86,6 +86,10 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def clear_gradients(self) -> None:
+        """Forget gradients of a step that was not taken."""
+
+    @abc.abstractmethod
     def agree(self, flag: bool) -> bool:
         """Whether ``flag`` is true on every rank."""
 
@@ -139,6 +143,11 @@ class TorchBackend(Backend):
         """One optimiser step, refused when the gradient is not finite."""
         set_learning_rate(self._optimizers, lr_factor)
         return optimizer_step(self._parameters, self._optimizers, clip=self._clip)
+
+    def clear_gradients(self) -> None:
+        """Set every gradient to None."""
+        for _, parameter in self._parameters:
+            parameter.grad = None
 
     def agree(self, flag: bool) -> bool:
         """The flag itself: there is one rank."""

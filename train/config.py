@@ -145,7 +145,7 @@ class TrainConfig(Section):
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         seed: seed of initial weights, sample order and dropout.
         eval_every: steps between evaluations (0: only at the end).
-        eval_batches: batches of one evaluation (0: the whole validation set).
+        eval_batches: an evaluation uses this many times ``batch_size`` samples (0: the whole validation set).
         sample_every: steps between written samples (0: none).
         sample_prompt, sample_tokens: how a sample starts and how long it is.
         checkpoint_every: steps between checkpoints (0: only at the end).
@@ -190,8 +190,8 @@ class TrainConfig(Section):
             )
         if self.schedule.warmup > self.steps:
             raise ValueError(
-                f"schedule.warmup is {self.schedule.warmup}, longer than the {self.steps} steps; "
-                "lower it or raise steps"
+                f"schedule.warmup is {self.schedule.warmup}, longer than the {self.steps} steps; set "
+                f"schedule.warmup too, for example schedule.warmup={max(1, self.steps // 20)}, or raise steps"
             )
         return self
 

@@ -62,8 +62,8 @@ def evaluate(
     blocks: TokenBlocks,
     *,
     step: int,
+    samples: int,
     rows: int,
-    batches: int,
     stopped: Callable[[], bool],
 ) -> tuple[Evaluation, dict[str, Any]] | None:
     """Loss on held-out blocks, without a trace in the training run's random state.
@@ -72,14 +72,14 @@ def evaluate(
         backend: executes the model.
         blocks: held-out text.
         step: optimiser steps done.
-        rows: samples of one batch.
-        batches: batches to use; 0 uses all blocks once.
+        samples: blocks to use; 0 uses all of them once.
+        rows: blocks of one pass; they bound the memory and do not change the result.
         stopped: asked between batches whether to give up.
 
     Returns:
         the evaluation and the meter's whole summary, or None when it was given up.
     """
-    total = len(blocks) if batches == 0 else min(len(blocks), rows * batches)
+    total = len(blocks) if samples == 0 else min(len(blocks), samples)
     meter = Meter()
     nats, count, nbytes = 0.0, 0, 0
     model = backend.model

@@ -84,31 +84,35 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train from the newest checkpoint of the run's folder, or from the start, to the last step.
 
-        SIGINT and SIGTERM end the run after the current step with a checkpoint.
+        SIGINT and SIGTERM end the run after the current step with a checkpoint. After an error, calling it
+        again goes on from the newest checkpoint, or without one from the last step that was taken.
 
         Raises:
             TrainingError: the loss or a gradient is not finite (nothing was updated), or the folder is busy
                 or cannot be written.
             CheckpointError: the folder holds another run, or no checkpoint that can be used.
         """
-        config, state = self.config, self._state
+        config = self.config
         tokens = config.batch_size * config.data.block_length
+        # What a refused step of an earlier call left behind.
+        self._backend.clear_gradients()
+        self._interval_seconds, self._interval_tokens = 0.0, 0
         self.store.open()
         with self.store.locked():
             messages: list[str] = []
             resumed = self._resume(messages.append)
             state = self._state
-            self._header(resumed)
+            self._header()
             with (
                 StopSignals() as stop,
                 self._open_bar(self._title, config.steps * tokens, "tokens", state.step * tokens) as bar,
             ):
                 for message in messages:
                     self._warn(bar, message)
-                if resumed is not None:
-                    bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
-                    self._evaluate_if_due(bar, stop)
                 self.model.train()
+                if state.step > 0:
+                    bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
+                    self._make_up(bar, stop)
                 while state.step < config.steps and stop.received is None:
                     self._train_step(bar)
                     bar.advance(tokens)
@@ -134,6 +138,7 @@ class Trainer:
             self._text.train, config.seed, state.samples, config.batch_size, config.accumulation
         )
         total = sum(batch.count for batch in batches)
+        nats, aux = 0.0, 0.0
         if total == 0:
             raise TrainingError(f"step {state.step + 1}: no token to predict in {describe(batches)}")
         for index, on_host in enumerate(batches):
@@ -151,16 +156,19 @@ class Trainer:
                 raise self._not_finite(f"the loss is {value}", batches[index : index + 1], index)
             # Weighted by counted tokens, the pieces add up to the gradient of the whole batch.
             backend.backward(output.loss * (batch.count / total), last=index == len(batches) - 1)
-            state.nats += float(output.nats)
-            state.aux += float(output.aux) * batch.count
-            state.count += batch.count
-            state.nbytes += batch.nbytes
+            nats += float(output.nats)
+            aux += float(output.aux) * batch.count
         lr = self._learning_rate()
         report = backend.step(lr / config.optim.lr)
         if not report.applied:
             names = ", ".join(report.bad_parameters[:3]) or "the norm overflows"
             raise self._not_finite(f"the gradient is not finite ({names})", batches, None)
 
+        # Only a step that was taken counts.
+        state.nats += nats
+        state.aux += aux
+        state.count += total
+        state.nbytes += sum(batch.nbytes for batch in batches)
         seconds = time.perf_counter() - started
         tokens = config.batch_size * config.data.block_length
         state.step += 1
@@ -253,8 +261,8 @@ class Trainer:
             self._backend,
             blocks,
             step=state.step,
+            samples=config.batch_size * config.eval_batches,
             rows=max(1, config.batch_size // config.accumulation),
-            batches=config.eval_batches,
             stopped=lambda: stop.received is not None,
         )
         if found is None:
@@ -274,7 +282,8 @@ class Trainer:
     def _sample_if_due(self, bar: Bar, stop: StopSignals) -> None:
         config, state = self.config, self._state
         every = config.sample_every
-        if every == 0 or stop.received is not None or (state.step % every and state.step != config.steps):
+        due = every > 0 and (state.step % every == 0 or state.step == config.steps)
+        if not due or state.sampled == state.step or stop.received is not None:
             return
         from spikelm.generation import generate
         from spikelm.sampling import Sampler
@@ -290,8 +299,20 @@ class Trainer:
                 if stop.received is not None:
                     break
         self.model.train()
+        if stop.received is not None:
+            return
+        state.sampled = state.step
         self.log.write("sample", {"step": state.step, "prompt": config.sample_prompt, "text": text})
         bar.say(f"step {state.step} writes: {printable(config.sample_prompt + text)}")
+
+    def _make_up(self, bar: Bar, stop: StopSignals) -> None:
+        """Evaluation and sample that a stop signal prevented, and a checkpoint that knows of them."""
+        state = self._state
+        before = state.evaluated, state.sampled
+        self._evaluate_if_due(bar, stop)
+        self._sample_if_due(bar, stop)
+        if (state.evaluated, state.sampled) != before:
+            self._save()
 
     def _save_if_due(self, stop: StopSignals) -> None:
         """Checkpoint every N steps, at the end, and when asked to stop."""
@@ -344,17 +365,18 @@ class Trainer:
         self._state = replace(record.progress)
         return step
 
-    def _header(self, resumed: int | None) -> None:
+    def _header(self) -> None:
         """First line of the log, or the line that says where the run went on."""
-        if resumed is None:
+        step = self._state.step
+        if step == 0:
             self.log.start()
         else:
-            self.log.rewind(resumed)
+            self.log.rewind(step)
         text = self._text
         self.log.write(
-            "run" if resumed is None else "resume",
+            "run" if step == 0 else "resume",
             {
-                "step": self._state.step,
+                "step": step,
                 "config": self._identity.config,
                 "model": self._identity.model,
                 "parameters": self.model.num_parameters(),

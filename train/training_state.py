@@ -51,6 +51,7 @@ class Progress:
         interval: steps since the last log line.
         evaluated: step of the last evaluation (-1: none).
         evaluation: the last evaluation as JSON values, or None.
+        sampled: step of the last written sample (-1: none).
         train_loss: mean nats per token at the last log line, or None.
     """
 
@@ -65,6 +66,7 @@ class Progress:
     interval: int = 0
     evaluated: int = -1
     evaluation: dict[str, Any] | None = None
+    sampled: int = -1
     train_loss: float | None = None
 
 

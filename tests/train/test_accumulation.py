@@ -71,6 +71,24 @@ def test_runs_agree(make_values: Any, tmp_path: Path, optim: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
+@pytest.mark.parametrize("batches", [0, 2])
+def test_evaluation_does_not_depend_on_accumulation(make_values: Any, tmp_path: Path, batches: int) -> None:
+    found = []
+    for number in (1, 3, 5):
+        values = make_values(
+            batch_size=5, accumulation=number, eval_batches=batches, steps=1, out=str(tmp_path / f"{number}")
+        )
+        trainer = Trainer(TrainConfig.from_dict({**values, "schedule": {"warmup": 0}}))
+        blocks = trainer._text.valid
+        assert blocks is not None and len(blocks) > 10
+        evaluation = trainer.run().evaluation
+        assert evaluation is not None
+        assert evaluation.tokens == 16 * (len(blocks) if batches == 0 else 5 * batches)
+        found.append((evaluation.loss, evaluation.spike_rate))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_gradient_checkpointing_changes_nothing(make_values: Any, tmp_path: Path) -> None:
     weights = []
     for chosen in (False, True):

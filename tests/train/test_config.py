@@ -75,7 +75,11 @@ def test_overrides(make_values: Any) -> None:
         ("data", 3, ["data is 3 (int)"]),
         ("optim__min_lr", 1.0, ["min_lr is 1.0, above lr"]),
         ("accumulation", 5, ["accumulation is 5 and batch_size 4"]),
-        ("schedule__warmup", 13, ["schedule.warmup is 13, longer than the 12 steps"]),
+        (
+            "schedule__warmup",
+            13,
+            ["schedule.warmup is 13, longer than the 12 steps", "for example schedule.warmup=1,"],
+        ),
     ],
 )
 def test_wrong_values_are_one_sentence(make_values: Any, key: str, value: Any, words: list[str]) -> None:
@@ -85,6 +89,13 @@ def test_wrong_values_are_one_sentence(make_values: Any, key: str, value: Any, w
     assert message.startswith("training configuration: ") and "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def test_a_short_run_of_a_preset_says_what_to_type() -> None:
+    words = ["steps=6", "schedule.warmup=1"]
+    with pytest.raises(ConfigError, match=f"set schedule.warmup too, for example {words[1]},"):
+        TrainConfig.from_yaml("nano-sd", words[:1])
+    assert TrainConfig.from_yaml("nano-sd", words).schedule.warmup == 1
 
 
 def test_adam_is_as_published(make_values: Any) -> None:

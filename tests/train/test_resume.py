@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from spikelm.errors import CheckpointError, TrainingError
 from spikelm.train.config import TrainConfig
+from spikelm.train.log import RunLog
 from spikelm.train.result import TrainResult
 from spikelm.train.trainer import Trainer
 
@@ -171,6 +172,41 @@ def test_stopped_during_evaluation(
     assert first.interrupted == "SIGINT" and first.step == 4 and first.evaluation is None
     run(make_values())
     assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("at", [4, 12])
+@pytest.mark.parametrize("moment", ["before the sample", "while it is written"])
+def test_a_sample_that_a_stop_prevented_is_made_up_for(
+    make_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, moment: str
+) -> None:
+    from spikelm import generation
+
+    values = make_values(sample_every=4, sample_tokens=5, eval_every=4)
+    run({**values, "out": str(tmp_path / "whole")})
+    step, generate = Trainer._train_step, generation.generate
+
+    def stopped_step(self: Trainer, bar: Any) -> None:
+        step(self, bar)
+        if self._state.step == at and moment == "before the sample":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped_writing(model: Any, *args: Any) -> Any:
+        for number, piece in enumerate(generate(model, *args)):
+            yield piece
+            if number == 1 and moment == "while it is written" and trainer._state.step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer(TrainConfig.from_dict(values))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", stopped_step)
+        patch.setattr(generation, "generate", stopped_writing)
+        first = trainer.run()
+    assert first.interrupted == "SIGTERM" and first.step == at
+    assert at not in [line["step"] for line in trainer.log.read("sample")]
+    for _ in range(2):  # once made up for, it is not written again
+        run(values)
+        assert_same(tmp_path / "whole", tmp_path / "run")
+        assert trainer.log.read("sample") == RunLog(tmp_path / "whole" / "log.jsonl").read("sample")
 
 
 def test_finished_run_is_left_alone(make_values: Any, whole: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -147,8 +148,6 @@ def test_not_finite_stops_before_the_update(
         original = backend.loss
 
         def loss(inputs: Any, targets: Any, state: Any, ctx: Any) -> Any:
-            import dataclasses
-
             output = original(inputs, targets, state, ctx)
             if ctx.step == 4 and ctx.random is not None and int(ctx.random.stream[0]) == 18:
                 before.update({k: v.clone() for k, v in run.model.state_dict().items()})
@@ -180,6 +179,38 @@ def test_not_finite_stops_before_the_update(
     result = trainer(values).run()  # the fault gone, the same command goes on
     assert result.resumed_from == 3 and result.step == 12
     assert not run.log.read("stopped")
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 3])
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_the_same_trainer_goes_on_after_a_refused_step(
+    make_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int, place: str
+) -> None:
+    """The refused step leaves neither gradients nor sums behind."""
+    values = make_values(accumulation=2, checkpoint_every=checkpoint_every)
+    whole = trainer({**values, "out": str(tmp_path / "whole")})
+    whole.run()
+    run = trainer(values)
+    backend = run._backend
+    loss = backend.loss
+
+    def poisoned(inputs: Any, targets: Any, state: Any, ctx: Any) -> Any:
+        output = loss(inputs, targets, state, ctx)
+        if ctx.step == 4 and ctx.random is not None and int(ctx.random.stream[0]) == 18:
+            if place == "loss":
+                return dataclasses.replace(output, loss=output.loss * math.nan)
+            run.model.embedding.weight.grad[3, 1] = math.nan  # type: ignore[index]
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "loss", poisoned)
+        with pytest.raises(TrainingError, match="in step 5"):
+            run.run()
+    assert run.run().step == 12
+    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in run.model.state_dict().items())
+    assert [line["loss"] for line in run.log.read("step")] == [
+        line["loss"] for line in whole.log.read("step")
+    ]
 
 
 def test_real_divergence_is_caught(make_values: Any) -> None:
