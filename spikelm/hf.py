@@ -1,105 +1,64 @@
 """Hugging Face transformers around the core: configuration, causal LM, sequence classification, Auto classes.
 
 Importing this module registers ``model_type: spikelm`` with AutoConfig, AutoModelForCausalLM and
-AutoModelForSequenceClassification. ``generate()`` carries our recurrent state (:class:`RecurrentCache`), not
-a DynamicCache, so its memory does not grow with the length.
+AutoModelForSequenceClassification; without ``import spikelm.hf`` those say that they do not know the model
+type, and no checkpoint can change that. ``generate()`` carries our recurrent state (:class:`RecurrentCache`),
+not a DynamicCache, so its memory does not grow with the length.
+
+Precision: ``from_pretrained(folder, dtype=torch.bfloat16)`` keeps decays, time constants and neuron
+parameters in float32. ``model.to(torch.bfloat16)``, ``.bfloat16()`` and ``.half()`` are torch's own and cast
+these too, which coarsens slow decays; so does what calls them (DeepSpeed's bf16, the Trainer's
+``bf16_full_eval``). To train in bfloat16 keep float32 weights and use autocast
+(``TrainingArguments(bf16=True)``).
+
+Training: firing-rate schedules need ``callbacks=[StepCallback()]``. Auxiliary losses are part of the loss
+that the model returns; a loss computed outside it (``label_smoothing_factor``, ``compute_loss_func``) lacks
+them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, cast
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from spikelm import state as states
-from spikelm.config import FORMAT_VERSION, NO_NEURON, ModelConfig
-from spikelm.errors import CheckpointError, ConfigError, ShapeError, nearest
+from spikelm.errors import CheckpointError, ConfigError, ShapeError
+from spikelm.hf_config import SpikeLMConfig
+from spikelm.hf_inputs import (
+    batch_share,
+    document_starts,
+    dropout_source,
+    kept_columns,
+    last_valid,
+    loss_arguments,
+    valid_tokens,
+)
+from spikelm.hf_training import StepCallback, step_of
 from spikelm.model import SpikeLM
-from spikelm.randomness import CounterRandom
 from spikelm.recurrence import Context
 from spikelm.state import State
 
-_OURS = [f.name for f in fields(ModelConfig)]
-_STANDARD_EXTRAS = frozenset(
-    {  # fmt: skip
-        "torch_dtype",
-        "name_or_path",
-        "num_labels",
-        "transformers_version",
-        "model_type",
-        "auto_map",
-        "attn_implementation",
-        "output_attentions",
-        "experts_implementation",
-        "_commit_hash",
-        "quantization_config",
-    }
-)
-"""Keys that transformers itself passes or writes besides the fields of PreTrainedConfig."""
-
-
-@strict
-class SpikeLMConfig(PreTrainedConfig):
-    """:class:`spikelm.config.ModelConfig` as a transformers configuration; the fields have the same names.
-
-    Raises:
-        ConfigError: for a key that neither this model nor transformers knows, or a bad value.
-    """
-
-    model_type = "spikelm"
-    keys_to_ignore_at_inference = ["past_key_values"]
-
-    format_version: int = FORMAT_VERSION
-    vocab_size: int = 256
-    hidden_size: int = 512
-    num_hidden_layers: int = 12
-    layers: list[Any] | tuple[Any, ...] = field(default_factory=lambda: ModelConfig().to_dict()["layers"])
-    placement: str = "before"
-    neuron: dict[str, Any] = field(default_factory=lambda: ModelConfig().to_dict()["neuron"])
-    neuron_overrides: dict[str, Any] = field(default_factory=dict)
-    embedding_neuron: dict[str, Any] = field(default_factory=lambda: dict(NO_NEURON))
-    head_neuron: dict[str, Any] = field(default_factory=lambda: dict(NO_NEURON))
-    tie_word_embeddings: bool = False
-    layer_norm_epsilon: float = 1e-5
-    dropout: float | int = 0.0
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    use_cache: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse unknown keys, a newer format, and values the core refuses."""
-        for key in kwargs:
-            if key not in _STANDARD_EXTRAS:
-                raise ConfigError(nearest("model configuration key", key, _OURS))
-        if self.format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint has format version {self.format_version}, this release reads up to "
-                f"{FORMAT_VERSION}; upgrade spikelm"
-            )
-        self.to_core()
-        super().__post_init__(**kwargs)
-
-    def to_core(self) -> ModelConfig:
-        """The core's configuration."""
-        return ModelConfig.from_dict({name: getattr(self, name) for name in _OURS})
-
-    @classmethod
-    def from_core(cls, config: ModelConfig, **extra: Any) -> SpikeLMConfig:
-        """The transformers configuration of a core configuration."""
-        return cls(**config.to_dict(), **extra)
+__all__ = [
+    "RecurrentCache",
+    "SpikeLMConfig",
+    "SpikeLMForCausalLM",
+    "SpikeLMForSequenceClassification",
+    "SpikeLMPreTrainedModel",
+    "StepCallback",
+    "register",
+]
 
 
 @dataclass
@@ -114,6 +73,9 @@ class RecurrentCache:
     state: State
     length: int = 0
 
+    is_compileable: ClassVar[bool] = False
+    """Asked by generate(): whether steps may be compiled as for a cache of fixed addresses."""
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far."""
         return self.length
@@ -124,7 +86,11 @@ class RecurrentCache:
 
 
 class SpikeLMPreTrainedModel(PreTrainedModel):
-    """What both heads share."""
+    """What both heads share.
+
+    Attributes:
+        training_step: optimiser steps done, for firing-rate schedules; :class:`StepCallback` sets it.
+    """
 
     config_class = SpikeLMConfig
     config: SpikeLMConfig
@@ -132,9 +98,34 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _is_stateful = True
+    training_step: int | None = None
+
+    def _finish(self, core: SpikeLM) -> None:
+        """Take the core, and tell transformers what stays in float32, parts of other packages included."""
+        self.model = core
+        self._keep_in_fp32_modules_strict = {f"model.{name}" for name in core.fp32_parameters()}
+        self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the core initialises itself (one function, spikelm.initialisation)."""
+
+    def _initialize_missing_keys(self, is_quantized: bool) -> None:
+        """Refuse a checkpoint that lacks weights of the core, which would be left undefined.
+
+        Raises:
+            CheckpointError: naming the first.
+        """
+        missing = sorted(
+            name
+            for name, value in self.model.named_parameters()
+            if not getattr(value, "_is_hf_initialized", False)
+        )
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {missing[0]!r} or holds it in another shape ({len(missing)} in all); "
+                "it is incomplete or its config.json belongs to another model"
+            )
+        super()._initialize_missing_keys(is_quantized)
 
     def gradient_checkpointing_enable(  # type: ignore[override]
         self,
@@ -171,29 +162,61 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         """Replace the token embedding."""
         cast(SpikeLM, self.model).embedding = cast(nn.Embedding, value)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Change the vocabulary's size everywhere: embedding, head, both configurations.
+
+        Args:
+            new_num_tokens: the new size; None for the present one.
+            pad_to_multiple_of: round the size up to a multiple.
+            mean_resizing: draw new rows around the mean of the old ones; false draws them as the core's
+                initialisation would.
+
+        Raises:
+            ConfigError: if a special token of the configuration would fall out; nothing is changed then.
+        """
+        core = cast(SpikeLM, self.model)
+        old = core.embedding.num_embeddings
+        size = old if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        config = dataclasses.replace(core.config, vocab_size=size)
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        core.config = config
+        core.tie_weights()
+        if size > old and not mean_resizing:
+            with torch.no_grad():
+                embedding.weight[old:].normal_(std=1e-4)
+                if core.head is not None and not config.tie_word_embeddings:
+                    core.head.linear.weight[old:].normal_(std=0.5 * config.hidden_size**-0.5)
+        return embedding
+
     def _supports_default_dynamic_cache(self) -> bool:
         return False
 
     def _context(
-        self, input_ids: Tensor, attention_mask: Tensor | None, losses: list[Tensor] | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        continued: bool,
+        losses: list[Tensor] | None,
     ) -> Context:
-        B, T = input_ids.shape
-        valid = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] < T:
-                raise ShapeError(
-                    f"attention_mask is {tuple(attention_mask.shape)}; expected [{B}, at least {T}]"
-                )
-            valid = attention_mask[:, -T:].to(torch.bool)
-            valid = None if bool(valid.all()) else valid
-        random = None
-        if self.training and self.config.dropout > 0:
-            seed = int(torch.randint(1 << 31, ()))
-            rows = torch.arange(B, device=input_ids.device)
-            random = CounterRandom(
-                seed=seed, stream=rows, position=torch.arange(T, device=input_ids.device).expand(B, T)
-            )
-        return Context(valid=valid, random=random, losses=losses)
+        shape = input_ids.shape
+        valid = valid_tokens(attention_mask, shape)
+        return Context(
+            valid=valid,
+            reset=document_starts(position_ids, shape, valid, continued),
+            random=dropout_source(shape, input_ids.device)
+            if self.training and self.config.dropout > 0
+            else None,
+            losses=losses,
+            step=0 if losses is None else step_of(self.model, self.training_step),
+        )
 
 
 class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
@@ -204,8 +227,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: SpikeLMConfig) -> None:
         """Build the core."""
         super().__init__(config)
-        self.model = SpikeLM(config.to_core())
-        self.post_init()
+        self._finish(SpikeLM(config.to_core()))
 
     def get_output_embeddings(self) -> nn.Module:
         """The linear layer of the head."""
@@ -214,14 +236,23 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             raise ShapeError("this causal language model has no head")
         return cast(nn.Module, head.linear)
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the linear layer of the head."""
+        head = self.model.head
+        if head is None:
+            raise ShapeError("this causal language model has no head")
+        head.linear = cast(nn.Linear, value)
+        head.out_features = head.linear.out_features
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -230,30 +261,43 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, >= T], 0 for padding (left or right); the last T columns count.
+            position_ids: int64 [B, T] or [1, T]; where they are 0 a document starts and the state is reset
+                (packed documents). Other values mean nothing here.
             labels: int64 [B, T], shifted inside; -100 is ignored.
             past_key_values: state of the tokens before; None for none.
             use_cache: whether to return the state.
-            logits_to_keep: only the last so many columns; 0 for all.
+            logits_to_keep: 0 for all columns, 1 for every row's last token that is no padding, n for the last
+                n columns, a tensor [n] for these columns. The loss is always that of all columns.
             return_dict: false for a tuple.
-            kwargs: passed to the loss (``num_items_in_batch``).
+            kwargs: ``num_items_in_batch`` (labels of the whole accumulated batch) and ``shift_labels`` reach
+                the loss; None and False ask for nothing.
+
+        Raises:
+            ConfigError: for any other argument, none is dropped silently.
+            ShapeError: if a mask, positions or columns do not fit input_ids.
         """
-        losses: list[Tensor] = []
-        ctx = self._context(
-            input_ids, attention_mask, losses if self.training and labels is not None else None
-        )
-        state = None if past_key_values is None else past_key_values.state
-        logits, state = self.model(input_ids, state, ctx, last_only=logits_to_keep == 1 and labels is None)
-        if logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
+        loss_kwargs = loss_arguments(kwargs, self.config, position_ids is not None)
+        losses: list[Tensor] | None = [] if self.training and labels is not None else None
+        cache = past_key_values
+        ctx = self._context(input_ids, attention_mask, position_ids, cache is not None, losses)
+        one = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
+        logits, state = self.model(input_ids, None if cache is None else cache.state, ctx, last_only=one)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-            for extra in losses:
-                loss = loss + extra
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            if losses:
+                counted = loss_kwargs.get("shift_labels", labels[:, 1:])
+                share = batch_share(counted, loss_kwargs.get("num_items_in_batch"))
+                loss = loss + share * torch.stack(losses).sum()
+        if not one:
+            logits = kept_columns(logits, logits_to_keep, ctx.valid)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        seen = 0 if past_key_values is None else past_key_values.length
-        cache = RecurrentCache(state, seen + input_ids.shape[1]) if use_cache else None
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cast(Any, cache))
+        seen = input_ids.shape[1] + (0 if cache is None else cache.length)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cast(Any, RecurrentCache(state, seen) if use_cache else None),
+        )
         return output if return_dict is not False else output.to_tuple()
 
     def prepare_inputs_for_generation(
@@ -266,16 +310,22 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Only the tokens that the state has not seen; embeddings in place of tokens are refused."""
-        if inputs_embeds is not None:
-            raise ConfigError("generate got inputs_embeds; this model takes input_ids only")
-        if past_key_values is not None:
-            input_ids = input_ids[:, past_key_values.length :]
+        """Only the tokens that the state has not seen, with their positions.
+
+        transformers says how many are new, except where it passes nothing but new ones. Other arguments go on
+        to :meth:`forward`, which refuses what it does not know.
+        """
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        positions = kwargs.get("position_ids")
+        dropped = ("labels", "position_ids", "logits_to_keep", "return_dict")
         return {
+            **{key: value for key, value in kwargs.items() if key not in dropped},
             "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
-            "use_cache": kwargs.get("use_cache", True),
+            "position_ids": None if positions is None else positions[:, -input_ids.shape[1] :],
             "logits_to_keep": 1,
         }
 
@@ -289,9 +339,8 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
         """Build the core without its head, and a linear classifier."""
         super().__init__(config)
         self.num_labels = int(config.num_labels or 2)
-        self.model = SpikeLM(config.to_core(), with_head=False)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
+        self._finish(SpikeLM(config.to_core(), with_head=False))
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.score:
@@ -301,27 +350,29 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Class scores [B, num_labels] and, with labels [B], the loss (see config.problem_type)."""
-        losses: list[Tensor] = []
-        ctx = self._context(
-            input_ids, attention_mask, losses if self.training and labels is not None else None
-        )
+        """Class scores [B, num_labels] and, with labels [B], the loss (see config.problem_type).
+
+        Of rows with several documents (position_ids) the last one is classified; see the causal model for the
+        arguments and errors.
+        """
+        loss_kwargs = loss_arguments(kwargs, self.config, position_ids is not None)
+        losses: list[Tensor] | None = [] if self.training and labels is not None else None
+        ctx = self._context(input_ids, attention_mask, position_ids, False, losses)
         h, _ = self.model.hidden(input_ids, None, ctx)
-        if ctx.valid is None:
-            last = torch.full((input_ids.shape[0],), input_ids.shape[1] - 1, device=h.device)
-        else:
-            columns = torch.arange(input_ids.shape[1], device=h.device)
-            last = (ctx.valid * columns).amax(1)
+        last = torch.full((h.shape[0],), -1, device=h.device) if ctx.valid is None else last_valid(ctx.valid)
         logits = self.score(h[torch.arange(h.shape[0], device=h.device), last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            for extra in losses:
-                loss = loss + extra
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            if losses:
+                loss = loss + torch.stack(losses).sum()
+            # transformers divides by num_items_in_batch for one of its three kinds of labels only.
+            loss = loss * batch_share(labels, loss_kwargs.get("num_items_in_batch"))
         output = SequenceClassifierOutputWithPast(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from spikelm.checkpoint import load_model, save_checkpoint
 from spikelm.config import ModelConfig
-from spikelm.errors import ConfigError
+from spikelm.errors import CheckpointError, ConfigError, ShapeError
 from spikelm.hf import (
     RecurrentCache,
     SpikeLMConfig,
@@ -31,6 +31,7 @@ SMALL = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 2}
 SD = {"placement": "before", "neuron": {"name": "adaptive", "k": 3.0, "dead_zone": 1.0}}
 LIF = {"placement": "after", "neuron": {"name": "lif"}, "embedding_neuron": {"name": "heaviside"}}
 TWIN = {"placement": "before", "neuron": {"name": "none"}}
+PLIF = {"placement": "after", "neuron": {"name": "plif", "gain": 1.0}}
 
 
 def small(**values: object) -> SpikeLMForCausalLM:
@@ -159,6 +160,31 @@ def test_low_precision_keeps_decays_in_float32(tmp_path: Path) -> None:
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [SD, LIF, PLIF], ids=["sd", "lif", "plif"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_from_pretrained_in_low_precision_keeps_decays_in_float32(
+    tmp_path: Path, options: dict[str, object], dtype: torch.dtype
+) -> None:
+    saved = small(**options)
+    saved.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    kept = model.model.fp32_parameters()
+    suffixes = {name.rsplit(".", 1)[-1] for name in kept}
+    assert {"time_decay", "time_first"} <= suffixes
+    assert options is not PLIF or {"leak_logit", "log_gain"} <= suffixes
+    before = dict(saved.model.named_parameters())
+    for name, parameter in model.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in kept else dtype), name
+        if name in kept:
+            assert torch.equal(parameter, before[name])
+    core = load_model(tmp_path, dtype=dtype)
+    assert {n: p.dtype for n, p in core.named_parameters()} == {
+        n: p.dtype for n, p in model.model.named_parameters()
+    }
+    if dtype == torch.bfloat16:
+        assert model(tokens(1, 5)).logits.isfinite().all()
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     ids = tokens(2, 12)
     gradients = []
@@ -248,6 +274,217 @@ def test_a_recurrent_cache_is_given_and_taken(tmp_path: Path) -> None:
     assert isinstance(first.past_key_values, RecurrentCache) and first.past_key_values.get_seq_length() == 6
     second = model(ids[:, 6:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=0, atol=1e-12)
+
+
+def test_generate_goes_on_from_a_cache_given_the_whole_text_or_the_new_tokens() -> None:
+    model, ids = small(**LIF).double(), tokens(1, 10)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    whole = model.generate(ids, **arguments)[:, 10:]
+    for given in (ids, ids[:, 6:]):
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        mask = torch.ones(1, 10, dtype=torch.long)
+        again = model.generate(given, past_key_values=cache, attention_mask=mask, **arguments)
+        assert torch.equal(again[:, -4:], whole)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_with_padding_equals_without(side: str, use_cache: bool) -> None:
+    model, ids = small(**SD).double(), tokens(1, 6)
+    arguments = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "use_cache": use_cache,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    plain = model.generate(ids, **arguments)
+    pad = torch.zeros(1, 3, dtype=torch.long)
+    order = [pad, ids] if side == "left" else [ids, pad]
+    mask = torch.cat([torch.ones_like(part) * int(part is ids) for part in order], 1)
+    rows, masks = [torch.cat(order, 1), tokens(1, 9)], [mask, torch.ones(1, 9, dtype=torch.long)]
+    padded = model.generate(torch.cat(rows), attention_mask=torch.cat(masks), **arguments)
+    assert torch.equal(padded.sequences[0, 9:], plain.sequences[0, 6:])
+    for got, wanted in zip(padded.logits, plain.logits, strict=True):
+        torch.testing.assert_close(got[:1], wanted, rtol=0, atol=1e-5)
+
+
+def test_positions_that_say_zero_start_a_document() -> None:
+    model = small(**LIF).double()
+    first, second = tokens(1, 5), tokens(1, 4)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    packed = model(torch.cat([first, second], 1), position_ids=positions).logits
+    apart = torch.cat([model(first).logits, model(second).logits], 1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-12)
+    cache = model(first, use_cache=True).past_key_values
+    fresh = model(second, past_key_values=cache, position_ids=positions[:, 5:]).logits
+    torch.testing.assert_close(fresh, apart[:, 5:], rtol=0, atol=1e-12)
+    goes_on = model(second, past_key_values=cache, position_ids=positions[:, 5:] + 5).logits
+    whole = model(torch.cat([first, second], 1)).logits[:, 5:]
+    torch.testing.assert_close(goes_on, whole, rtol=0, atol=1e-12)
+    # Positions of padding count from anywhere; they must not wipe the state.
+    mask = torch.tensor([[1] * 5 + [0] * 2])
+    padded = torch.cat([first, tokens(1, 2)], 1)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 0]])
+    cache = model(padded, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+    torch.testing.assert_close(model(second, past_key_values=cache).logits, whole, rtol=0, atol=1e-12)
+    with pytest.raises(ShapeError, match="position_ids"):
+        model(first, position_ids=torch.arange(3)[None])
+
+
+def test_generate_resets_a_packed_prompt_where_positions_say_so() -> None:
+    model = small(**SD).double()
+    first, second = tokens(1, 5), tokens(1, 4)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    arguments |= {"output_logits": True, "return_dict_in_generate": True}
+    plain = model.generate(second, **arguments)
+    for use_cache in (True, False):
+        packed = model.generate(
+            torch.cat([first, second], 1), position_ids=positions, use_cache=use_cache, **arguments
+        )
+        assert torch.equal(packed.sequences[:, 9:], plain.sequences[:, 4:])
+        for got, wanted in zip(packed.logits, plain.logits, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"inputs_embeds": torch.zeros(1, 4, 16)}, "inputs_embeds"),
+        ({"token_type_ids": torch.ones(1, 4)}, "token_type_ids"),
+        ({"seq_idx": torch.zeros(1, 4)}, "position_ids"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4])}, "position_ids"),
+        ({"is_causal": False}, "is_causal"),
+        ({"attention_maks": torch.ones(1, 4)}, "attention_mask"),
+    ],
+)
+def test_arguments_that_would_change_the_result_are_refused(arguments: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        small(**SD)(tokens(1, 4), **arguments)
+
+
+def test_arguments_that_ask_for_nothing_are_taken() -> None:
+    model, ids = small(**SD), tokens(1, 4)
+    plain = model(ids).logits
+    nothing = {
+        "inputs_embeds": None,
+        "output_attentions": False,
+        "output_hidden_states": None,
+        "is_causal": True,
+    }
+    assert torch.equal(model(ids, **nothing).logits, plain)
+    packed = {"position_ids": torch.arange(4)[None], "seq_idx": torch.zeros(1, 4), "max_length_q": 4}
+    assert torch.equal(model(ids, **packed).logits, plain)
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+def test_hidden_states_asked_for_by_the_configuration_are_refused() -> None:
+    model = small(**SD)
+    model.config.output_hidden_states = True
+    with pytest.raises(ConfigError, match="output_hidden_states"):
+        model(tokens(1, 4))
+    with pytest.raises(ConfigError, match="output_hidden_states"):
+        small(**SD).generate(
+            tokens(1, 4),
+            max_new_tokens=2,
+            pad_token_id=0,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+
+
+@pytest.mark.parametrize("options", [SD, LIF], ids=["sd", "lif"])
+def test_logits_to_keep(options: dict[str, object]) -> None:
+    model, ids = small(**options).double(), tokens(2, 9)
+    whole = model(ids, labels=ids)
+    for keep, wanted in (
+        (0, whole.logits),
+        (1, whole.logits[:, -1:]),
+        (4, whole.logits[:, -4:]),
+        (torch.tensor([0, 5, 2]), whole.logits[:, [0, 5, 2]]),
+    ):
+        torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, wanted, rtol=0, atol=1e-12)
+        both = model(ids, labels=ids, logits_to_keep=keep)
+        torch.testing.assert_close(both.logits, wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(both.loss, whole.loss)
+    with pytest.raises(ShapeError, match="logits_to_keep"):
+        model(ids, logits_to_keep=torch.zeros(2, 3, dtype=torch.long))
+    # One column means the last real one, with labels or without.
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    for labels in (None, ids):
+        last = model(ids, attention_mask=mask, labels=labels, logits_to_keep=1).logits
+        wanted = torch.stack([whole.logits[0, 5], whole.logits[1, 8]])[:, None]
+        torch.testing.assert_close(last, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("size", [31, 17, 23])
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_resizing_the_vocabulary(tmp_path: Path, tied: bool, size: int, mean_resizing: bool) -> None:
+    model = small(**SD, tie_word_embeddings=tied)
+    before = model.get_input_embeddings().weight.detach().clone()
+    head = model.get_output_embeddings().weight.detach().clone()
+    ids = tokens(1, 5) % 17
+    kept = model(ids).logits[..., :17].detach()
+    model.resize_token_embeddings(size, mean_resizing=mean_resizing)
+    embedding, out = model.get_input_embeddings(), model.get_output_embeddings()
+    same = min(size, 23)
+    assert embedding.weight.shape == out.weight.shape == (size, 16)
+    assert embedding.num_embeddings == out.out_features == model.model.head.out_features == size
+    assert model.config.vocab_size == model.model.config.vocab_size == size
+    assert torch.equal(embedding.weight[:same], before[:same]) and torch.equal(out.weight[:same], head[:same])
+    assert (embedding.weight is out.weight) == tied
+    if not mean_resizing and size > 23:
+        assert embedding.weight[23:].abs().max() < 1e-3, "as the core begins"
+    assert torch.equal(model(ids).logits[..., :17], kept)
+    model(ids, labels=ids).loss.backward()
+    model.save_pretrained(tmp_path)
+    logits = model(ids).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    assert torch.equal(load_model(tmp_path)(ids)[0], logits)
+
+
+def test_resizing_pads_and_refuses_to_cut_off_the_end_token() -> None:
+    model = small(**SD, eos_token_id=22)
+    assert model.resize_token_embeddings(pad_to_multiple_of=8).num_embeddings == 24
+    assert model.model.config.vocab_size == 24
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        model.resize_token_embeddings(20)
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == 24
+    classifier = SpikeLMForSequenceClassification(SpikeLMConfig(**SMALL, **SD))
+    classifier.resize_token_embeddings(30)
+    assert classifier.model.config.vocab_size == classifier.config.vocab_size == 30
+
+
+def test_several_end_tokens(tmp_path: Path) -> None:
+    model = small(**SD, eos_token_id=[4, 7])
+    assert model.config.to_core().eos_token_id == 4
+    ids = tokens(1, 5)
+    made = model.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.generation_config.eos_token_id = [4, int(made[0, -1])]
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.eos_token_id == 4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.eos_token_id == 4
+    assert again.generation_config.eos_token_id == [4, int(made[0, -1])]
+    assert again.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0).shape == (1, 6)
+    assert SpikeLMConfig(**SMALL, eos_token_id=[]).to_core().eos_token_id is None
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        SpikeLMConfig(**SMALL, eos_token_id=[4, 23])
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    model = small(**SD)
+    state = model.state_dict()
+    state.pop("model.blocks.1.channel.key.linear.weight")
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(CheckpointError, match="blocks.1.channel.key"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_core_and_wrapper_are_the_same_network() -> None:
