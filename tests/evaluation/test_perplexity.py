@@ -299,6 +299,29 @@ def test_corpus_of_bpe_with_start(tmp_path: Path) -> None:
         assert len(read.tokens[0]) == len(words.encode(text + "é")) + (expected is not None)
 
 
+def test_bytes_of_a_tokenizer_that_changes_the_text_are_rescaled(tmp_path: Path) -> None:
+    """Spaces are in no token of this one; the lengths must still add up to the text, in proportion."""
+    vocab = {"[UNK]": 0, "ab": 1, "cdef": 2}
+    words = Tokenizer(
+        {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
+        }
+    )
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "ab   cdef"}\n{"text": "abcdef"}\n{"text": "ab"}\n', encoding="utf-8")
+    read = read_corpus(open_source(str(path)), words)
+    assert [t.tolist() for t in read.tokens] == [[1, 2], [0], [1]]
+    assert read.byte_lengths[0].tolist() == [3.0, 6.0]  # two and four bytes of nine
+    assert [lengths.sum() for lengths in read.byte_lengths] == [9, 6, 2]
+    assert (read.bytes, read.rescaled) == (17, 2)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 100])
 def test_max_bytes_cuts_at_a_character(tmp_path: Path, limit: int) -> None:
     path = tmp_path / "t.jsonl"
