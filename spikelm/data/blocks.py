@@ -7,6 +7,7 @@ blocks in another order, whatever the batch size, the number of workers or ranks
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class TokenBlocks:
     document's first only where an end-of-document token stands between them; otherwise its target is -100.
 
     Attributes:
-        tokens: the stream, 1-D.
+        tokens: the stream, 1-D; as on disk, where ``store.read`` checks what it returns.
         starts: int64, where each document begins in it.
         num_tokens, num_bytes: tokens (end-of-document tokens included) and UTF-8 bytes of all documents.
         num_blocks: samples in one epoch.
@@ -133,7 +134,7 @@ class TokenBlocks:
             num_documents=len(arrays),
             num_bytes=num_bytes,
             byte_exact=int(tokenizer.token_bytes[tokens].sum()) == num_bytes,
-            tokens_sha256="",
+            tokens_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
         )
         return cls(TokenStore(tokens=tokens, starts=starts, index=index), tokenizer, block_length)
 
@@ -152,7 +153,7 @@ class TokenBlocks:
         if not 0 <= number < self.num_documents:
             raise DataError(f"document {number} does not exist; there are {self.num_documents}")
         end = self.starts[number + 1] if number + 1 < self.num_documents else self.num_tokens
-        return self.tokens[self.starts[number] : end]
+        return self.store.read(int(self.starts[number]), int(end))
 
     def batch(self, seed: int, first_sample: int, batch_size: int) -> Batch:
         """Samples ``first_sample`` to ``first_sample + batch_size - 1`` of the order of ``seed``."""
@@ -173,7 +174,7 @@ class TokenBlocks:
 
         length = self.block_length
         offsets = numbers * length
-        window = np.stack([self.tokens[o : o + length + 1] for o in offsets]).astype(np.int64)
+        window = np.stack([self.store.read(int(o), int(o) + length + 1) for o in offsets]).astype(np.int64)
         if window.max() >= self.tokenizer.vocab_size:
             for row, offset in zip(window, offsets, strict=True):
                 check_tokens(row, self.tokenizer.vocab_size, self.store.where, int(offset))
