@@ -112,6 +112,28 @@ def test_auxiliary_losses_are_added_and_handed_out(chunk: int) -> None:
     assert gradients(built, output.loss)["head.linear.weight"].isfinite().all()
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+def test_auxiliary_losses_of_chunks_are_weighted_by_length(chunk: int) -> None:
+    """A loss that is linear in the tokens comes out the same, also where the last chunk is shorter."""
+    built = model(head_neuron={"name": "heaviside"})
+    original = built.head_logits
+
+    def with_loss(h: Tensor, state: Any, ctx: Context) -> Any:
+        logits, after = original(h, state, ctx)
+        if ctx.losses is not None:
+            ctx.losses.append((logits**2).mean())
+        return logits, after
+
+    built.head_logits = with_loss  # type: ignore[method-assign]
+    tokens, targets = batch()
+    found = []
+    for width in (0, chunk):
+        output = next_token_loss(built, tokens, targets, None, Context(losses=[]), chunk_tokens=width)
+        found.append((output.aux.item(), gradients(built, output.loss)["head.linear.weight"]))
+    assert found[0][0] > 0.0 and found[1][0] == pytest.approx(found[0][0], rel=1e-12)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-9, atol=1e-12)
+
+
 def test_recomputation_is_not_metered() -> None:
     built = model(head_neuron={"name": "heaviside"})
     tokens, targets = batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from spikelm.data import TokenBlocks
+from spikelm.loss import next_token_loss
 from spikelm.recurrence import Context
 from spikelm.tokenizer import Tokenizer
 from spikelm.train.backend import TorchBackend
@@ -71,6 +73,44 @@ def test_runs_agree(make_values: Any, tmp_path: Path, optim: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
+def test_runs_agree_where_pieces_weigh_differently(make_values: Any, tmp_path: Path) -> None:
+    """Short documents without separator: the targets between them do not count."""
+    documents = ["spike " * (1 + 37 * i % 11 * (i % 3)) for i in range(60)]
+    text = "\n".join(json.dumps({"text": document}) for document in documents)
+    (tmp_path / "train.jsonl").write_text(text)
+    found = []
+    for number in (1, 3):
+        values = make_values(
+            accumulation=number, batch_size=6, log_every=1, out=str(tmp_path / f"{number}"), **TWIN
+        )
+        values["data"]["train"] = str(tmp_path / "train.jsonl") + "#text"
+        trainer = Trainer(TrainConfig.from_dict(values))
+        batches = micro_batches(trainer._text.train, 0, 0, 6, 3)
+        assert len({batch.count for batch in batches}) > 1
+        trainer.run()
+        found.append([(line["loss"], line["grad_norm"]) for line in trainer.log.read("step")])
+    for one, other in zip(*found, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_l2wrap_of_the_configuration_is_used(make_values: Any) -> None:
+    gradients = {}
+    for factor in (0.0, 1e-2):
+        config = TrainConfig.from_dict(make_values(l2wrap=factor, **TWIN))
+        model = build_model(config, Tokenizer.bytes())
+        for parameter in model.parameters():  # the head starts at zero, where there is nothing to pull
+            parameter.data.add_(0.1)
+        batch = micro_batches(blocks(), 0, 0, 4, 1)[0]
+        backend = TorchBackend(model, config, torch.device("cpu"))
+        backend.backward(backend.loss(batch.inputs, batch.targets, None, Context()).loss, last=True)
+        got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        backend.clear_gradients()
+        next_token_loss(model, batch.inputs, batch.targets, l2wrap=factor).loss.backward()
+        assert all(torch.equal(p.grad, got[name]) for name, p in model.named_parameters() if name in got)
+        gradients[factor] = got["head.linear.weight"]
+    assert not torch.allclose(gradients[0.0], gradients[1e-2], rtol=1e-3)
+
+
 @pytest.mark.parametrize("batches", [0, 2])
 def test_evaluation_does_not_depend_on_accumulation(make_values: Any, tmp_path: Path, batches: int) -> None:
     found = []
@@ -99,6 +139,23 @@ def test_gradient_checkpointing_changes_nothing(make_values: Any, tmp_path: Path
         assert trainer.log.read("step")[-1]["aux_loss"] > 0.0
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_matrix_products_have_the_precision_of_the_run(
+    make_values: Any, precision: str, dtype: torch.dtype
+) -> None:
+    """In training steps and in evaluations."""
+    trainer = Trainer(TrainConfig.from_dict(make_values(precision=precision, steps=2)))
+    seen = set()
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: seen.add((name, module.training, output.dtype))
+            )
+    trainer.run()
+    assert {training for _, training, _ in seen} == {True, False}
+    assert {found for _, _, found in seen} == {dtype}
 
 
 def test_bf16_keeps_master_weights_and_state_in_fp32(make_values: Any) -> None:

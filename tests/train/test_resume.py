@@ -85,6 +85,30 @@ def test_stopped_in_the_middle(
     assert_same(whole, tmp_path / "run")
 
 
+def test_random_numbers_of_torch_go_on(make_values: Any, tmp_path: Path) -> None:
+    """A part that draws from torch's global generator is resumed as well."""
+
+    class Stopped(Exception):
+        pass
+
+    def noisy(values: dict[str, Any], stop: int) -> None:
+        trainer = Trainer(TrainConfig.from_dict(values))
+
+        def noise(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            if trainer._state.step == stop:
+                raise Stopped
+            return output + 0.1 * torch.rand_like(output)
+
+        trainer.model.embedding.register_forward_hook(noise)
+        trainer.run()
+
+    noisy(make_values(out=str(tmp_path / "whole")), stop=-1)
+    with pytest.raises(Stopped):
+        noisy(make_values(), stop=7)
+    noisy(make_values(), stop=-1)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
 @pytest.mark.parametrize("moment", [3, 9, 14, 20, 24])
 def test_killed_while_a_checkpoint_is_written(
     make_values: Any, tmp_path: Path, whole: Path, moment: int, monkeypatch: pytest.MonkeyPatch
