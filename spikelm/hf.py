@@ -109,23 +109,19 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the core initialises itself (one function, spikelm.initialisation)."""
 
-    def _initialize_missing_keys(self, is_quantized: bool) -> None:
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Refuse a checkpoint that lacks weights of the core, which would be left undefined.
 
         Raises:
             CheckpointError: naming the first.
         """
-        missing = sorted(
-            name
-            for name, value in self.model.named_parameters()
-            if not getattr(value, "_is_hf_initialized", False)
-        )
-        if missing:
+        lacking = sorted(name for name in loading_info.missing_and_mismatched() if name.startswith("model."))
+        if lacking:
             raise CheckpointError(
-                f"the checkpoint lacks {missing[0]!r} or holds it in another shape ({len(missing)} in all); "
+                f"the checkpoint lacks {lacking[0]!r} or holds it in another shape ({len(lacking)} in all); "
                 "it is incomplete or its config.json belongs to another model"
             )
-        super()._initialize_missing_keys(is_quantized)
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     def gradient_checkpointing_enable(  # type: ignore[override]
         self,
@@ -187,7 +183,6 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         config = dataclasses.replace(core.config, vocab_size=size)
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         core.config = config
-        core.tie_weights()
         if size > old and not mean_resizing:
             with torch.no_grad():
                 embedding.weight[old:].normal_(std=1e-4)

@@ -441,6 +441,7 @@ def test_resizing_the_vocabulary(tmp_path: Path, tied: bool, size: int, mean_res
     assert (embedding.weight is out.weight) == tied
     if not mean_resizing and size > 23:
         assert embedding.weight[23:].abs().max() < 1e-3, "as the core begins"
+        assert tied or 0.05 < out.weight[23:].std() < 0.25
     assert torch.equal(model(ids).logits[..., :17], kept)
     model(ids, labels=ids).loss.backward()
     model.save_pretrained(tmp_path)
@@ -485,6 +486,9 @@ def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(CheckpointError, match="blocks.1.channel.key"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"another shape"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, hidden_size=8, ignore_mismatched_sizes=True)
 
 
 def test_core_and_wrapper_are_the_same_network() -> None:

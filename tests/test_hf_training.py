@@ -178,6 +178,13 @@ def test_the_step_decides_the_weight_of_the_rate_loss() -> None:
         torch.testing.assert_close(model(ids, labels=ids).loss, plain + share * whole)
 
 
+@pytest.mark.parametrize("schedule", [{"start": 2}, {"ramp": 2}])
+def test_a_schedule_without_a_step_is_refused(schedule: dict[str, int]) -> None:
+    model, ids = small(neuron=neuron(**schedule)), tokens(2, 9)
+    with pytest.raises(ConfigError, match="StepCallback"):
+        model(ids, labels=ids)
+
+
 def test_schedules_do_not_hinder_evaluation() -> None:
     model, ids = small(neuron=neuron(start=2)), tokens(2, 9)
     assert model.eval()(ids, labels=ids).loss.isfinite()
