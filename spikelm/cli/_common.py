@@ -22,6 +22,8 @@ from spikelm.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from spikelm.tokenizer import Tokenizer
+
 JsonOption = Annotated[
     Path | None,
     typer.Option(
@@ -46,6 +48,42 @@ def console(stderr: bool = False) -> Console:
 def warn(message: str) -> None:
     """One line of warning on standard error."""
     print(f"spikelm: warning: {message}", file=sys.stderr, flush=True)
+
+
+def tokenizer_for(checkpoint: Path, choice: str | None) -> Tokenizer:
+    """The checkpoint's tokenizer, or ``choice`` in its place, with a warning where the two differ.
+
+    Args:
+        checkpoint: checkpoint folder; its configuration is read first, so that a wrong folder is told as one.
+        choice: what ``--tokenizer`` named, or None.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is no checkpoint folder.
+        DataError: there is no such tokenizer, or it has more tokens than the model.
+    """
+    from spikelm.checkpoint import load_tokenizer, read_config
+    from spikelm.errors import DataError
+    from spikelm.tokenizer import Tokenizer
+
+    config = read_config(checkpoint)
+    if choice is None:
+        return load_tokenizer(checkpoint)
+    words = Tokenizer.load(choice)
+    if words.vocab_size > config.vocab_size:
+        raise DataError(
+            f"the tokenizer has {words.vocab_size} tokens and the model only {config.vocab_size}; "
+            "use the tokenizer the model was trained with"
+        )
+    try:
+        own = load_tokenizer(checkpoint)
+    except DataError:  # converted weights may have none, and then there is nothing to compare
+        return words
+    if own.sha256 != words.sha256:
+        warn(
+            f"tokenizer {choice} is not the one saved with {checkpoint}; the result means little unless the "
+            "model was trained with it"
+        )
+    return words
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:

@@ -59,6 +59,7 @@ def spikegpt(
             "say --binary-embedding (the embedding becomes spikes, as in SpikeGPT's training code) or "
             "--dense-embedding: the tensors do not tell which one the weights were trained with"
         )
+    _refuse_folder(file)
     _finish(
         read_spikegpt(file, binary_embedding=binary_embedding), file, out, tokenizer, overwrite, json_file
     )
@@ -80,7 +81,15 @@ def rwkv4(
     """
     from spikelm.formats.rwkv4 import read_rwkv4
 
+    _refuse_folder(file)
     _finish(read_rwkv4(file), file, out, tokenizer, overwrite, json_file)
+
+
+def _refuse_folder(file: Path) -> None:
+    from spikelm.errors import CheckpointError
+
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder; expected a file of weights")
 
 
 def _finish(
@@ -129,10 +138,12 @@ def _finish(
         "tokenizer": None if words is None else words.sha256,
         "config": config.to_dict(),
     }
-    console().print(
+    summary = (
         f"{out}: {config.num_hidden_layers} layers x {config.hidden_size}, {config.vocab_size} tokens, "
         f"{model.num_parameters():,} parameters, {human_bytes(memory)} of state per sequence, "
         f"neuron {config.neuron['name']}, embedding {config.embedding_neuron['name']}"
         + ("" if words is not None else "; no tokenizer (pass --tokenizer to text commands)")
     )
+    if str(json_file) != "-":
+        console().print(summary)
     write_json(json_file, result)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spikelm.cli._common import JsonOption, console, progress, warn, write_json
+from spikelm.cli._common import JsonOption, console, progress, tokenizer_for, warn, write_json
 
 if TYPE_CHECKING:
     from spikelm.evaluation.perplexity import Result
@@ -29,7 +29,12 @@ def evaluate(
     length: Annotated[
         int, typer.Option("--length", help="Tokens of a window (disjoint and strided).")
     ] = 1024,
-    stride: Annotated[int, typer.Option("--stride", help="Tokens by which strided windows advance.")] = 512,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride", help="Tokens by which strided windows advance; half of --length up to 512 if absent."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows read side by side.")] = 8,
     chunk: Annotated[
         int, typer.Option("--chunk", help="Tokens of a row read at once; changes speed and memory only.")
@@ -69,14 +74,13 @@ def evaluate(
 
     import torch
 
-    from spikelm.checkpoint import load_model, load_tokenizer
+    from spikelm.checkpoint import load_model
     from spikelm.data.source import open_source
     from spikelm.errors import ConfigError
     from spikelm.evaluation.corpus import read_corpus
     from spikelm.evaluation.perplexity import Windows, check_vocabulary, measure, parse_modes
     from spikelm.model import SpikeLM
     from spikelm.provenance import git_revision, versions
-    from spikelm.tokenizer import Tokenizer
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if dtype not in dtypes:
@@ -86,10 +90,12 @@ def evaluate(
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if stride is None:
+        stride = min(512, max(1, length // 2))
     windows = Windows(
         modes=parse_modes(mode), length=length, stride=stride, batch_size=batch_size, chunk=chunk
     )
-    words = load_tokenizer(checkpoint) if tokenizer is None else Tokenizer.load(tokenizer)
+    words = tokenizer_for(checkpoint, tokenizer)
     corpus = read_corpus(open_source(data), words, start=start, max_bytes=max_bytes)
     model = load_model(checkpoint, device=str(target), dtype=dtypes[dtype])
     if twin:
@@ -112,7 +118,8 @@ def evaluate(
         result = measure(
             model, corpus, windows, vocab_size=config.vocab_size, device=target, advance=bar.advance
         )
-    _print(result, corpus.name, corpus.start_token)
+    if str(json_file) != "-":
+        _print(result, corpus.name, corpus.start_token)
     report: dict[str, Any] = result.to_dict() | {
         "checkpoint": str(checkpoint),
         "twin": twin,
@@ -189,7 +196,14 @@ def _print(result: Result, name: str, start_token: int | None) -> None:
         out.print("no projection has spikes as its input (dense: every weight is used for every token)")
         return
     spikes = Table(title=f"input of the projections, over {result.spikes_over}")
-    for heading in ("projection", "spikes", "firing rate", "mean |count|", "at cap", "never fired"):
+    for heading in (
+        "projection",
+        "spikes",
+        "firing rate",
+        "mean |count| over all inputs",
+        "at cap",
+        "never fired",
+    ):
         spikes.add_column(heading, justify="left" if heading == "projection" else "right")
     for path, entry in result.spikes["projections"].items():
         spikes.add_row(

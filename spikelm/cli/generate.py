@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spikelm.cli._common import JsonOption, human_bytes, progress, write_json
+from spikelm.cli._common import JsonOption, human_bytes, progress, tokenizer_for, write_json
 
 
 def generate(
@@ -70,7 +70,7 @@ def generate(
     """
     import torch
 
-    from spikelm.checkpoint import load_model, load_tokenizer
+    from spikelm.checkpoint import load_model
     from spikelm.data.compressed import decode_utf8, read_bytes
     from spikelm.errors import ConfigError
     from spikelm.generation import generate as pieces_of
@@ -79,7 +79,6 @@ def generate(
     from spikelm.recurrence import Context
     from spikelm.sampling import Sampler
     from spikelm.state import state_bytes
-    from spikelm.tokenizer import Tokenizer
 
     if prompt is not None and prompt_file is not None:
         raise ConfigError("give the prompt by --prompt or by --prompt-file, not both")
@@ -102,7 +101,7 @@ def generate(
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    words = load_tokenizer(checkpoint) if tokenizer is None else Tokenizer.load(tokenizer)
+    words = tokenizer_for(checkpoint, tokenizer)
     tokens = prompt_tokens(words, text)
     model = load_model(checkpoint, target, None if dtype is None else dtypes[dtype])
     meter = Meter() if spikes else None

@@ -132,7 +132,7 @@ class Tally:
             name = f"{documents} documents"
         else:
             nats, size, tokens = sums
-            name = f"{int((tokens > 0).sum())} blocks of {BLOCK} tokens"
+            name = f"{int((tokens > 0).sum())} blocks of at most {BLOCK} tokens"
         used = tokens > 0
         return (nats[used], size[used], tokens[used]), name
 

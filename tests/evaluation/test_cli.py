@@ -40,8 +40,9 @@ def test_table_and_json(
     out = capsys.readouterr().out
     for label in ("disjoint@64", "strided@64/32", "carried"):
         assert label in out
-    assert "blocks of 512 tokens" in out and "not scored" in out
+    assert "blocks of at most 512 tokens" in out and "not scored" in out
     assert "blocks.0.mixer.key" in out
+    assert "mean |count| over all inputs" in " ".join(out.split())
     report = json.loads(report_file.read_text())
     assert set(report["figures"]) == {"disjoint@64", "strided@64/32", "carried"}
     for figure in report["figures"].values():
@@ -122,9 +123,46 @@ def test_bad_input(
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
-def test_no_checkpoint(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(tmp_path / "absent"), "--data", str(text)]) == 2
-    assert "absent" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_no_checkpoint(command: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", str(text)] if command == "eval" else []
+    assert main([command, str(tmp_path / "absent"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "absent" in error and "checkpoint folder" in error and "tokenizer" not in error
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_foreign_tokenizer_is_told(
+    command: str, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [
+        command,
+        str(checkpoint),
+        *(["--data", str(text)] if command == "eval" else ["--max-tokens", "2"]),
+    ]
+    assert main([*common, "--tokenizer", "bytes"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+    spec = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert main([*common, "--tokenizer", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and f"tokenizer {tmp_path} is not the one saved with" in error
+
+    Tokenizer.train_bpe(["a b c"], 257).save(tmp_path)
+    assert main([*common, "--tokenizer", str(tmp_path)]) == 2
+    assert "has 257 tokens and the model only 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("length", "stride"), [(64, 32), (1, 1), (4096, 512)])
+def test_stride_follows_the_length(
+    length: int, stride: int, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(text), "--mode", "strided", "--max-bytes", "20", "--length", str(length)]
+    assert main(["eval", str(checkpoint), *words]) == 0
+    assert f"strided@{length}/{stride}" in capsys.readouterr().out
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

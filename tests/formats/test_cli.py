@@ -73,6 +73,8 @@ def test_bad_input(
     refused(capsys, ["spikegpt", str(file), out], "--binary-embedding", "--dense-embedding")
     refused(capsys, ["spikegpt", str(tmp_path / "absent.pth"), out, "--dense-embedding"], "absent.pth")
     refused(capsys, ["rwkv4", str(file), str(file)], "is a file")
+    for command in (["rwkv4"], ["spikegpt", "--dense-embedding"]):
+        refused(capsys, [*command, str(tmp_path), out], f"{tmp_path} is a folder; expected a file")
     refused(capsys, ["rwkv5", str(file), out], "rwkv5")
     torch.save(published.weights(vocab=20), tmp_path / "small.pth")
     refused(capsys, ["rwkv4", str(tmp_path / "small.pth"), out, "--tokenizer", "bytes"], "256", "20")
