@@ -76,6 +76,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {_short(error)}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if values is None:
+        raise ConfigError(f"{path} is empty; a configuration is a mapping of keys to values")
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys to values"

@@ -6,7 +6,8 @@ configuration. Unknown keys, wrong types and impossible values are one sentence 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -256,7 +257,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     section, known = _section(model, names)
     if first["type"] == "extra_forbidden":
         full = [".".join([*section, name]) for name in known]
-        return f"training configuration: {nearest('key', '.'.join(names), full)}"
+        return f"training configuration: {_unknown_key(model, names, section, full)}"
     key = ".".join(_without_types(names)) or "the configuration"
     got = first.get("input")
     if first["type"] == "missing":
@@ -268,17 +269,45 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     return f"training configuration: {key} is {got!r} ({type(got).__name__}); {reason}"
 
 
+def _unknown_key(model: type[BaseModel], names: list[str], section: list[str], known: list[str]) -> str:
+    """Sentence about an unknown key that also looks in other sections (``lr`` means ``optim.lr``)."""
+    given = ".".join(names)
+    by_leaf: dict[str, list[str]] = {}
+    for key in _keys(model):
+        by_leaf.setdefault(key.rpartition(".")[2], []).append(key)
+    leaves = difflib.get_close_matches(names[-1], by_leaf, n=1, cutoff=0.75)
+    if not leaves:
+        return nearest("key", given, known)
+    keys = by_leaf[leaves[0]]
+    meant = [key for key in keys if key.split(".")[:-1] == section] or keys
+    hint = " or ".join(repr(key) for key in meant)
+    return f"unknown key {given!r}; did you mean {hint}? known: {', '.join(sorted(known))}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of every key, sections included."""
+    for name in model.model_fields:
+        yield prefix + name
+        if (section := _nested(model, name)) is not None:
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def _nested(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a key holds, or None where it holds a value."""
+    field = model.model_fields.get(name)
+    inner = [field.annotation, *get_args(field.annotation)] if field is not None else []
+    return next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _section(model: type[BaseModel], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The section a location lies in, and the keys that exist there."""
     section: list[str] = []
     for name in names[:-1]:
-        field = model.model_fields.get(name)
-        inner = [field.annotation, *get_args(field.annotation)] if field is not None else []
-        nested = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not nested:
+        nested = _nested(model, name)
+        if nested is None:
             break
         section.append(name)
-        model = nested[0]
+        model = nested
     return section, list(model.model_fields)
 
 

@@ -74,9 +74,19 @@ class Split(Source):
         self._source, self._part = source, part
 
     def _documents(self) -> Iterator[str]:
+        total = kept = 0
         for text in self._source.documents():
+            total += 1
             if is_valid(text) == (self._part == "valid"):
+                kept += 1
                 yield text
+        if not kept:
+            share = "held-out" if self._part == "valid" else "training"
+            count = "1 document" if total == 1 else f"{total} documents"
+            raise DataError(
+                f"{self.name}: the {share} share of {count} is empty (a hash holds out about "
+                f"{_VALID_SHARE:.0%}); give more documents, or a source of its own for each part"
+            )
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""

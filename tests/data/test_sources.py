@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from spikelm.data import open_source
+from spikelm.data.files import TEXT_SUFFIXES
 from spikelm.data.python_docs import PythonDocs
 from spikelm.errors import DataError
 
@@ -124,6 +125,22 @@ def test_folders_split_by_hash(tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("another")
     assert set(train + valid) < set(read(f"{tmp_path}#train") + read(f"{tmp_path}#valid"))
     assert set(valid) <= set(read(f"{tmp_path}#valid"))
+
+
+def test_an_empty_share_is_told(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    with pytest.raises(DataError, match="#valid: the held-out share of 3 documents is empty"):
+        read(f"{tmp_path}#valid")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "a.txt").write_text("text 19")  # its hash holds it out
+    with pytest.raises(DataError, match="#train: the training share of 1 document is empty"):
+        read(f"{tmp_path / 'alone'}#train")
+
+
+def test_the_manual_lists_the_suffixes() -> None:
+    manual = Path(__file__).parents[2] / "docs" / "training.md"
+    assert " ".join(sorted(TEXT_SUFFIXES)) in manual.read_text(encoding="utf-8")
 
 
 def test_fingerprint_follows_the_files(folder: Path) -> None:

@@ -260,7 +260,7 @@ def test_standard_error_over_documents_and_blocks() -> None:
     nats = np.repeat([1.0, 2.0, 3.0], BLOCK)[1:]
     tally.add(Scores(document=0, first=1, context=1, nats=nats))
     figure = tally.figure("x")
-    assert figure.stderr_over == f"3 blocks of {BLOCK} tokens"
+    assert figure.stderr_over == f"3 blocks of at most {BLOCK} tokens"
     assert figure.stderr_nats_per_token == pytest.approx(1 / math.sqrt(3), rel=0.01)
 
 

@@ -56,6 +56,9 @@ def test_overrides(make_values: Any) -> None:
     [
         ("optim__learning_rate", 1.0, ["unknown key 'optim.learning_rate'", "optim.lr"]),
         ("optin", {}, ["unknown key 'optin'", "did you mean 'optim'"]),
+        ("lr", 3, ["unknown key 'lr'; did you mean 'optim.lr' or 'optim.muon.lr'?", "known: accumulation,"]),
+        ("warmpu", 3, ["did you mean 'schedule.warmup'?"]),
+        ("data__batch_size", 3, ["did you mean 'batch_size'?"]),
         ("optim__muon__momentun", 0.9, ["did you mean 'optim.muon.momentum'"]),
         ("data__blok_length", 3, ["did you mean 'data.block_length'"]),
         ("steps", "many", ["steps is 'many' (str)", "integer"]),
@@ -98,6 +101,14 @@ def test_a_short_run_of_a_preset_says_what_to_type() -> None:
     assert TrainConfig.from_yaml("nano-sd", words).schedule.warmup == 1
 
 
+def test_the_published_settings_that_the_enwik8_preset_names() -> None:
+    text = find("train", "spikegpt-46m-enwik8").read_text(encoding="utf-8")
+    words = text.partition("As published by the paper: ")[2].splitlines()[0].split()
+    config = TrainConfig.from_yaml("spikegpt-46m-enwik8", words)
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("adam", 6e-4, 0.0)
+    assert (config.l2wrap, config.batch_size) == (1e-4, 12)
+
+
 def test_adam_is_as_published(make_values: Any) -> None:
     optim = TrainConfig.from_dict(make_values(optim__name="adam")).optim
     assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.99), 4e-9, 0.0)
@@ -111,6 +122,8 @@ def test_adam_is_as_published(make_values: Any) -> None:
         ("model: x\nmodel: y\n", "'model' is given twice, the second time on line 2"),
         ("model: [", "is not YAML"),
         ("- 1\n", "holds a list"),
+        ("", r"c\.yaml is empty; a configuration is a mapping"),
+        ("# nothing yet\n", r"c\.yaml is empty"),
         ("1: 2\n", "key 1 on line 1 is not text"),
         ("model: a\n", "data is missing"),
     ],
