@@ -100,7 +100,9 @@ def read_config(folder: str | Path) -> ModelConfig:
             f"{path} has model_type {kind!r}, expected 'spikelm'; spikelm convert reads other models"
         )
     version = values.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise CheckpointError(f"{path} has format_version {version!r}; expected a whole number")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}; upgrade spikelm"
         )

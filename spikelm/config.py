@@ -73,8 +73,8 @@ class ModelConfig:
         """
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**24:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {2**24 - 1}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and 0 <= value < self.vocab_size):

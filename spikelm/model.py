@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spikelm import state as states
 from spikelm.block import Block, fire, make_projection
 from spikelm.config import ModelConfig
-from spikelm.errors import ConfigError, ShapeError, nearest
+from spikelm.errors import ConfigError, ShapeError, StateError, nearest
 from spikelm.initialisation import initialise
 from spikelm.neurons.base import build_neuron
 from spikelm.projection import Projection
@@ -100,7 +101,7 @@ class SpikeLM(nn.Module):
             ShapeError: if tokens, reset or valid have another shape.
         """
         if tokens.dim() == 1 and (ctx.reset is not None or ctx.valid is not None):
-            self._check(tokens, ctx)
+            self._check(tokens, state, ctx)
             logits, state = self.forward(tokens[:, None], state, _one_column(ctx))
             return logits[:, 0], state
         h, state = self.hidden(tokens, state, ctx)
@@ -116,11 +117,18 @@ class SpikeLM(nn.Module):
         self, tokens: Tensor, state: State | None = None, ctx: Context = EMPTY
     ) -> tuple[Tensor, State]:
         """Normalised features before the head, [B, T, D] (or [B, D]); the head's state is passed on."""
-        self._check(tokens, ctx)
+        self._check(tokens, state, ctx)
         if state is None:
             state = self.init_state(tokens.shape[0], tokens.device)
         new: State = {}
-        x, new["embedding"] = fire(self.embedding_neuron, self.embedding(tokens), state["embedding"], ctx)
+        try:
+            x = self.embedding(tokens)
+        except IndexError as error:
+            low, high = int(tokens.min()), int(tokens.max())
+            raise ShapeError(
+                f"token ids from {low} to {high}; expected 0 to {self.config.vocab_size - 1}"
+            ) from error
+        x, new["embedding"] = fire(self.embedding_neuron, x, state["embedding"], ctx)
         x = self.embedding_norm(x.to(self.embedding_norm.weight.dtype))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and x.dim() == 3
         for layer, module in enumerate(self.blocks):
@@ -168,11 +176,19 @@ class SpikeLM(nn.Module):
         keep = ctx.random.uniform(f"{path}.dropout", x.shape[-1]) >= p
         return x * keep.to(x.dtype) / (1.0 - p)
 
-    def _check(self, tokens: Tensor, ctx: Context) -> None:
+    def _check(self, tokens: Tensor, state: State | None, ctx: Context) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"tokens are {tokens.dtype}; expected token ids, torch.int64")
         if tokens.dim() not in (1, 2) or tokens.numel() == 0:
             raise ShapeError(
                 f"tokens are {tuple(tokens.shape)}; expected [B, T] or [B], with at least one token"
             )
+        if state is not None:
+            rows = states.batch_size(state)
+            if rows is not None and rows != tokens.shape[0]:
+                raise StateError(
+                    f"the state holds {rows} sequences and tokens {tokens.shape[0]}; expected equal"
+                )
         for name, mask in (("reset", ctx.reset), ("valid", ctx.valid)):
             if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
                 raise ShapeError(

@@ -89,6 +89,15 @@ def unflatten(flat: dict[str, Tensor], like: State) -> State:
     return build(like, "")
 
 
+def batch_size(state: State) -> int | None:
+    """Sequences a state holds, None for an empty one."""
+    for value in state.values():
+        rows = batch_size(value) if isinstance(value, dict) else value.shape[0]
+        if rows is not None:
+            return rows
+    return None
+
+
 def state_bytes(state: State) -> int:
     """Bytes of all tensors of a state (all sequences of the batch together)."""
     return sum(value.numel() * value.element_size() for value in flatten(state).values())

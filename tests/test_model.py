@@ -12,7 +12,7 @@ from torch import Tensor
 from spikelm import presets
 from spikelm import state as states
 from spikelm.config import ModelConfig
-from spikelm.errors import ConfigError, ShapeError
+from spikelm.errors import ConfigError, ShapeError, StateError
 from spikelm.meter import Meter
 from spikelm.model import SpikeLM
 from spikelm.neurons import build_neuron
@@ -375,6 +375,13 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
         model(tokens(2, 3, 4))
     with pytest.raises(ShapeError, match="at least one token"):
         model(torch.zeros(2, 0, dtype=torch.long))
+    with pytest.raises(ShapeError, match="token ids"):
+        model(torch.zeros(2, 3))
+    with pytest.raises(ShapeError, match="-1 to 19; expected 0 to 18"):
+        model(torch.tensor([[-1, 19]]))
+    _, state = model(tokens(2, 3))
+    with pytest.raises(StateError, match="2 sequences and tokens 3"):
+        model(tokens(3, 3), state)
     with pytest.raises(ShapeError, match="reset"):
         model(tokens(2, 3), ctx=Context(reset=torch.zeros(2, 4, dtype=torch.bool)))
     with pytest.raises(ShapeError, match="valid"):
@@ -385,13 +392,25 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
     ("values", "message"),
     [
         ({"hiden_size": 3}, "hidden_size"),
-        ({"hidden_size": 0}, "at least 1"),
+        ({"hidden_size": 0}, "from 1 to"),
         ({"neuron": {"name": "liff"}}, "'lif'"),
         ({"neuron": {"name": "lif", "tua": 2}}, "'tau'"),
         ({"neuron": {"name": "lif", "tau": 0.5}}, "at least 1"),
         ({"neuron": {"name": "none", "rate_target": {"target": 0.1}}}, "rate_target"),
         ({"neuron": {"name": "lif", "rate_target": {"taget": 0.1}}}, "target"),
         ({"neuron": {"name": "adaptive", "cap": 500}}, "int8"),
+        ({"neuron": {"name": "adaptive", "k": "abc"}}, "k of neuron 'adaptive' is 'abc'; expected a finite"),
+        ({"neuron": {"name": "adaptive", "cap": 7.5}}, "a whole number"),
+        ({"neuron": {"name": "lif", "tau": "abc"}}, "a finite number"),
+        ({"neuron": {"name": "lif", "threshold": float("inf")}}, "a finite number"),
+        ({"neuron": {"name": "lif", "detach_reset": "no"}}, "true or false"),
+        ({"neuron": {"name": "lif", "decay_input": 3}}, "true or false"),
+        ({"neuron": {"name": "lif", "gain": "x"}}, "a finite number or null"),
+        ({"neuron": {"name": "heaviside", "threshold": "abc"}}, "a finite number"),
+        ({"neuron": {"name": "lif", "rate_target": 0.2}}, "a mapping or null"),
+        ({"neuron": {"name": "lif", "rate_target": {"target": "abc"}}}, "rate_target.target is 'abc'"),
+        ({"layers": [{"mixer": {"name": "wkv4"}, "channel": {"name": "rwkv", "expand": "a"}}]}, "finite"),
+        ({"hidden_size": 10**9}, "16777215"),
         ({"neuron": {"name": "lif", "surrogate": "arctan"}}, "atan"),
         ({"neuron": {"tau": 2}}, "name"),
         ({"layers": [{"mixer": {"name": "wkv5"}, "channel": {"name": "rwkv"}}]}, "wkv4"),

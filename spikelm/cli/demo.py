@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,8 @@ from spikelm.cli._common import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from spikelm.data.source import Source
     from spikelm.evaluation.perplexity import Result
     from spikelm.model import SpikeLM
@@ -69,10 +72,10 @@ def demo(
     from spikelm.evaluation.corpus import read_corpus
 
     started = time.perf_counter()
-    screen = console()
+    screen = console(stderr=str(json_file) == "-")
     train_text, held_out = open_source(f"{TEXT}#train"), open_source(f"{TEXT}#valid")
     tokenizer = _tokenizer(out, train_text)
-    precision = _faster_precision()
+    precision = _remembered(out / "precision", _faster_precision)
     corpus = read_corpus(held_out, tokenizer)
     trained: dict[str, Trained] = {}
     for name, preset in DESIGNS.items():
@@ -84,7 +87,7 @@ def demo(
     picture = _raster(trained["spiking"].model, tokenizer, held_out, out / "raster.png")
     sample = _sample(trained["spiking"].model, tokenizer, seed)
     seconds = time.perf_counter() - started
-    _print(trained, baselines, corpus.bytes)
+    _print(screen, trained, baselines, corpus.bytes)
     screen.print(f"\nspike raster: {picture}")
     screen.print(f'\nthe spiking model continues "{PROMPT.strip()}":\n', highlight=False)
     screen.print(PROMPT + sample, markup=False, highlight=False)
@@ -96,6 +99,19 @@ def demo(
     write_json(out / "demo.json", report)
     write_json(json_file, report)
     return 0
+
+
+def _remembered(path: Path, choose: Callable[[], str]) -> str:
+    """What was chosen here the first time, so that a continued demo goes on with it."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(choose() + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _run_name(name: str, steps: int | None, seed: int) -> str:
+    """A folder per run: other steps or another seed begin anew."""
+    return "-".join([name, *([] if steps is None else [f"{steps}steps"]), *([f"seed{seed}"] if seed else [])])
 
 
 def _tokenizer(out: Path, text: Source) -> Tokenizer:
@@ -151,7 +167,7 @@ def _train(
     overrides = [
         f"model={preset}",
         f"data.tokenizer={out / 'tokenizer'}",
-        f"out={out / 'training' / name}",
+        f"out={out / 'training' / _run_name(name, steps, seed)}",
         f"precision={precision}",
         f"seed={seed}",
     ]
@@ -214,11 +230,11 @@ def _sample(model: SpikeLM, tokenizer: Tokenizer, seed: int) -> str:
     return "".join(piece.text for piece in generate(model, tokenizer, PROMPT, 160, sampler, ignore_eos=True))
 
 
-def _print(trained: dict[str, Trained], baselines: dict[str, float], nbytes: int) -> None:
+def _print(screen: Console, trained: dict[str, Trained], baselines: dict[str, float], nbytes: int) -> None:
     from rich.table import Table
 
     table = Table(title=f"{TEXT}, {nbytes:,} bytes held out")
-    headings = ("", "bits/byte", "± s.e.", "silent inputs", "mean count", "trained at", "state of a sequence")
+    headings = ("", "bits/byte", "± s.e.", "silent inputs", "mean |count|", "trained at", "state")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "" else "right")
     for name, entry in trained.items():
@@ -236,7 +252,7 @@ def _print(trained: dict[str, Trained], baselines: dict[str, float], nbytes: int
         )
     for name, value in baselines.items():
         table.add_row(f"{name}, the same bytes", f"{value:.3f}", *["-"] * 5)
-    console().print(table)
+    screen.print(table)
 
 
 def _report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -116,6 +117,10 @@ def _rate_target(options: Mapping[str, Any]) -> RateTarget:
             raise ConfigError(nearest("rate_target option", key, fields))
     if "target" not in options:
         raise ConfigError("rate_target needs `target`, the wanted share of firing channels")
+    for key, value in options.items():
+        annotation = str(fields[key].type)
+        if not _fits(value, annotation):
+            raise ConfigError(f"rate_target.{key} is {value!r}; expected {_WORDS[annotation]}")
     return RateTarget(**options)
 
 
@@ -136,19 +141,54 @@ class Gain(nn.Module):
 
 
 def build_part(kind: str, cls: type[Any], options: Mapping[str, Any], *args: Any) -> Any:
-    """``cls(*args, **options)``, with an unknown or missing option named in one sentence."""
-    known: list[str] = []
+    """``cls(*args, **options)``, after every option's name and type were checked.
+
+    Raises:
+        ConfigError: for an option that does not exist or does not have the type of its annotation.
+    """
+    known: dict[str, str] = {}
     for base in cls.__mro__:
         if "__init__" not in base.__dict__:
             continue
         parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
-        known += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                known.setdefault(parameter.name, _annotation(parameter.annotation))
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break  # a constructor without **options hides those of its bases
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             raise ConfigError(nearest(f"option of {kind}", key, known))
+        if not any(_fits(value, kind_of) for kind_of in known[key].split(" | ")):
+            wanted = " or ".join(_WORDS.get(kind_of, "a mapping") for kind_of in known[key].split(" | "))
+            raise ConfigError(f"{key} of {kind} is {value!r}; expected {wanted}")
     return cls(*args, **options)
+
+
+_WORDS = {
+    "float": "a finite number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "text",
+    "None": "null",
+}
+
+
+def _annotation(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value of a configuration has an annotated type; types not known here accept everything."""
+    if annotation == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if annotation == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in ("bool", "str"):
+        return type(value).__name__ == annotation
+    if annotation == "None":
+        return value is None
+    return isinstance(value, Mapping) if annotation.startswith(("Mapping", "dict")) else True
 
 
 def build_neuron(spec: Mapping[str, Any], features: int) -> Neuron:
