@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from spikelm.state import State, state_bytes, tree_map
 
 DEFAULT_RUNS = ("spikegpt-nano:1000,100000,1000000", "spikegpt-46m:1000,100000")
 MEBIBYTE = 1 << 20
+CONTROL = -1  # key of the copy of the first position
 
 
 def memory() -> tuple[float, float]:
@@ -102,14 +104,17 @@ def measure(preset: str, positions: list[int], args: argparse.Namespace) -> dict
         print(f"{preset}: position {position:,} reached, {rate:.0f} tokens/s", flush=True)
     torch.set_num_threads(args.threads)
     tokens = torch.randint(0, model.config.vocab_size, (args.steps, 1), generator=generator).to(device)
-    times: dict[int, list[float]] = {position: [] for position in kept}
+    # A copy of the first position, timed like the others, shows how much of a difference is noise.
     order = list(kept)
+    kept[CONTROL] = tree_map(torch.clone, kept[order[0]])
+    times: dict[int, list[float]] = {position: [] for position in kept}
+    shuffled = random.Random(0)
     for round_ in range(args.rounds + 1):
-        # Every round begins with another position, so that none is always the one after a pause.
-        for position in order[round_ % len(order) :] + order[: round_ % len(order)]:
+        for position in shuffled.sample(list(kept), len(kept)):
             seconds, _ = time_steps(model, kept[position], tokens)
             if round_ > 0:
                 times[position].append(seconds)
+    control = statistics.median(times.pop(CONTROL))
     for position, seconds in times.items():
         rows[position]["step_seconds"] = statistics.median(seconds)
         rows[position]["steps_per_second"] = 1.0 / statistics.median(seconds)
@@ -119,6 +124,7 @@ def measure(preset: str, positions: list[int], args: argparse.Namespace) -> dict
         "positions": {str(position): row for position, row in rows.items()},
         "slowest_against_first": max(row["step_seconds"] for row in rows.values()) / first,
         "fastest_against_first": min(row["step_seconds"] for row in rows.values()) / first,
+        "copy_of_first_against_first": control / first,
         "state_bytes_equal": len({row["state_bytes"] for row in rows.values()}) == 1,
     }
 
@@ -134,7 +140,7 @@ def show(name: str, result: dict[str, Any]) -> None:
         )
     print(
         f"  against the first position: {result['fastest_against_first']:.4f} to "
-        f"{result['slowest_against_first']:.4f}"
+        f"{result['slowest_against_first']:.4f}; a copy of the first: {result['copy_of_first_against_first']:.4f}"
     )
 
 
@@ -144,8 +150,8 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="*", default=list(DEFAULT_RUNS), metavar="MODEL:POSITION,POSITION")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of a prefill chunk")
-    parser.add_argument("--steps", type=int, default=200, help="steps of one timing")
-    parser.add_argument("--rounds", type=int, default=9, help="timings of each position; the median counts")
+    parser.add_argument("--steps", type=int, default=10, help="steps of one timing; positions take turns")
+    parser.add_argument("--rounds", type=int, default=150, help="timings of each position; the median counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of the timed steps")
     parser.add_argument("--prefill-threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
