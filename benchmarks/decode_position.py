@@ -138,10 +138,9 @@ def show(name: str, result: dict[str, Any]) -> None:
             f"state {row['state_bytes']:,} B, resident {row['resident_mib']:.0f} MiB, "
             f"peak {row['peak_mib']:.0f} MiB"
         )
-    print(
-        f"  against the first position: {result['fastest_against_first']:.4f} to "
-        f"{result['slowest_against_first']:.4f}; a copy of the first: {result['copy_of_first_against_first']:.4f}"
-    )
+    low, high = result["fastest_against_first"], result["slowest_against_first"]
+    noise = result["copy_of_first_against_first"]
+    print(f"  against the first position: {low:.4f} to {high:.4f}; a copy of the first: {noise:.4f}")
 
 
 def main() -> None:
