@@ -8,8 +8,8 @@ own ``torch`` one instead of CuPy). Everything else, forward, backward and optim
 
 Modes: ``time`` prints step times as JSON; ``record`` writes a golden file for tests/formats::
 
-    python3 -m venv /tmp/spikegpt-venv && /tmp/spikegpt-venv/bin/pip install torch==2.13.0 numpy safetensors
-    /tmp/spikegpt-venv/bin/python benchmarks/_peer_spikegpt.py record --repo CHECKOUT \
+    python3 -m venv elsewhere/venv && elsewhere/venv/bin/pip install torch==2.13.0 numpy safetensors
+    elsewhere/venv/bin/python benchmarks/_peer_spikegpt.py record --repo CHECKOUT \
         --output tests/golden/spikegpt_random.safetensors
 """
 

@@ -2,9 +2,9 @@
 
 Run in an environment of its own, so that the project never depends on the package::
 
-    python3 -m venv /tmp/rwkv-venv
-    /tmp/rwkv-venv/bin/pip install rwkv torch==2.13.0 numpy safetensors
-    /tmp/rwkv-venv/bin/python scripts/make_rwkv_fixture.py tests/golden/rwkv4_random.safetensors
+    python3 -m venv elsewhere/venv
+    elsewhere/venv/bin/pip install rwkv torch==2.13.0 numpy safetensors
+    elsewhere/venv/bin/python scripts/make_rwkv_fixture.py tests/golden/rwkv4_random.safetensors
 
 The file holds ``weight.<published name>``, ``tokens`` int64 [T], ``logits`` float32 [T, V] (the package's
 sequence path), ``step_logits`` [T, V] (its one-token path) and the state after the last token. Every weight

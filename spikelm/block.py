@@ -14,16 +14,17 @@ State: {"mixer", "channel", "mixer_neuron", "channel_neuron"}.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spikelm.build import Build
-from spikelm.config import NO_NEURON, ModelConfig
+from spikelm.config import NO_NEURON, ModelConfig, Spec
 from spikelm.neurons.base import Neuron, build_neuron, build_part
 from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part
-from spikelm.registry import channels, mixers
+from spikelm.registry import Registry, channels, mixers
 from spikelm.state import State
 
 CHILDREN = ("mixer", "channel", "mixer_neuron", "channel_neuron")
@@ -94,8 +95,8 @@ class Block(Part):
         return x + y.to(x.dtype), new
 
 
-def _build(registry: object, spec: object, config: ModelConfig, layer: int, kind: str) -> Part:
-    options = dict(spec)  # type: ignore[call-overload]
+def _build(registry: Registry[type[Any]], spec: Spec, config: ModelConfig, layer: int, kind: str) -> Part:
+    options = dict(spec)
     name = options.pop("name")
     build = Build(
         hidden_size=config.hidden_size,
@@ -103,5 +104,5 @@ def _build(registry: object, spec: object, config: ModelConfig, layer: int, kind
         num_layers=config.num_hidden_layers,
         make_projection=partial(make_projection, config, f"blocks.{layer}.{kind}."),
     )
-    part: Part = build_part(f"{kind} {name!r}", registry.get(name), options, build)  # type: ignore[attr-defined]
+    part: Part = build_part(f"{kind} {name!r}", registry.get(name), options, build)
     return part
