@@ -16,11 +16,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spikelm.data.compressed import plain_suffix
 from spikelm.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from spikelm.data.store import TokenStore
+    from spikelm.tokenizer import Tokenizer
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARTS = ("train", "valid")
@@ -61,6 +66,28 @@ class Source(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+
+class TokenSource(Source):
+    """Tokens that exist already: a source that is opened, not tokenised."""
+
+    @abstractmethod
+    def open_tokens(
+        self, tokenizer: Tokenizer, cache_dir: Path, on_progress: Callable[[int], None] | None
+    ) -> TokenStore:
+        """The tokens as a store.
+
+        Args:
+            tokenizer: what they must have been made with.
+            cache_dir: where to keep what is found out about them.
+            on_progress: called with the number of bytes of text done, where they have to be counted.
+
+        Raises:
+            DataError: they are damaged or another tokenizer's.
+        """
+
+    def _documents(self) -> Iterator[str]:
+        raise DataError(f"{self.name} holds tokens, not text; give the text that they were made from")
 
 
 class Split(Source):
@@ -107,6 +134,7 @@ def open_source(spec: str | Path) -> Source:
     """
     from spikelm.data.files import Folder, Jsonl, TextFile
     from spikelm.data.python_docs import PythonDocs
+    from spikelm.data.stored import stored_tokens
 
     text = str(spec)
     if not text:
@@ -126,6 +154,8 @@ def open_source(spec: str | Path) -> Source:
         raise DataError(
             f"there is no data source {path}; give an existing file or folder or builtin:python-docs"
         )
+    if path.is_dir() and (stored := stored_tokens(path)):
+        return stored
     if path.is_dir():
         return _part(Folder(path), text, part)
     if plain_suffix(path) in JSONL_SUFFIXES:
