@@ -247,7 +247,7 @@ def test_python_without_sources(tmp_path: Path) -> None:
         ("absent.jsonl#text", "there is no data source absent.jsonl"),
         ("builtin:python", "unknown builtin source 'python'; did you mean 'python-docs'"),
         ("builtin:python-docs#vaild", "did you mean 'valid'"),
-        ("{dir}/a.txt#text", "which only .jsonl files have"),
+        ("{dir}/a.txt#text", "which only .jsonl"),
         ("{dir}/none", "holds no text files"),
         ("{dir}#test", "unknown part 'test'"),
     ],

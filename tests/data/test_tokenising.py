@@ -111,25 +111,27 @@ def test_a_worker_that_is_killed_is_one_sentence(
     text: Path, expected: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pools: list[WorkerPool] = []
+    pids: list[int] = []
 
     class Watched(WorkerPool):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)
             pools.append(self)
+            pids.extend(self.pids)
 
     monkeypatch.setattr(encoding, "WorkerPool", Watched)
     source = open_source(text / "docs")
 
     def kill(done: int) -> None:
         if pools and done > expected.index.num_bytes // 2:
-            os.kill(pools[0].pids[1], signal.SIGKILL)
+            os.kill(pools.pop().pids[1], signal.SIGKILL)
 
     with pytest.raises(
         DataError, match=r"worker process \d+ was killed by signal SIGKILL.*same command"
     ) as caught:
         tokenise(source, BPE, tmp_path, kill, workers=2, shard_tokens=20_000)
     assert "\n" not in str(caught.value)
-    for pid in pools[0].pids:
+    for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     (folder,) = tmp_path.iterdir()
