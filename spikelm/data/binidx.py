@@ -97,6 +97,8 @@ class Binidx(TokenSource):
         DataError: a file is missing, short or damaged, naming it and the byte.
     """
 
+    kind = "Megatron or RWKV token file"
+
     def __init__(self, bin_path: Path, idx_path: Path) -> None:
         super().__init__(str(bin_path))
         for path, other in ((bin_path, idx_path), (idx_path, bin_path)):

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spikelm.data.compressed import decode_utf8, open_bytes, plain_suffix, read_bytes
 from spikelm.data.source import Source
@@ -26,6 +26,8 @@ RECORD_SUFFIXES = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *ARROW_SUFFIXES)
 
 class TextFile(Source):
     """A file that is one document, whatever its name ends with; .xz, .gz and .zst are uncompressed."""
+
+    kind = "text file"
 
     def __init__(self, path: Place) -> None:
         super().__init__(str(path))
@@ -52,6 +54,11 @@ class Chain(Source):
     def __init__(self, name: str, sources: Sequence[Source]) -> None:
         super().__init__(name)
         self._sources = tuple(sources)
+        self.kind = f"{len(self._sources)} files, the first a {self._sources[0].kind}"
+
+    def fields(self) -> dict[str, str]:
+        """See :class:`Source`."""
+        return self._sources[0].fields()
 
     def _documents(self) -> Iterator[str]:
         for source in self._sources:
@@ -67,6 +74,8 @@ class Folder(Source):
 
     Files and folders whose name begins with a dot are left out, and links to folders are not followed.
     """
+
+    kind = "folder of text files"
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -109,6 +118,8 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
 class Jsonl(Source):
     """One JSON object per line; the document is its string ``field``."""
 
+    kind = "file of JSON lines"
+
     def __init__(self, path: Place, field: str) -> None:
         super().__init__(f"{path}#{field}")
         self._path, self._field = path, field
@@ -121,7 +132,16 @@ class Jsonl(Source):
                     yield self._document(line, number, offset)
                 offset += len(line)
 
-    def _document(self, line: bytes, number: int, offset: int) -> str:
+    def fields(self) -> dict[str, str]:
+        """See :class:`Source`."""
+        with open_bytes(self._path) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    record = self._record(line, number, 0)
+                    return {str(key): type(value).__name__ for key, value in record.items()}
+        return {}
+
+    def _record(self, line: bytes, number: int, offset: int) -> dict[str, Any]:
         where = f"{self._path} line {number} (byte {offset})"
         if offset == 0 and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
@@ -133,6 +153,11 @@ class Jsonl(Source):
             raise DataError(f"{where} nests JSON too deeply") from error
         if not isinstance(record, dict):
             raise DataError(f"{where} holds a JSON {type(record).__name__} where an object was expected")
+        return record
+
+    def _document(self, line: bytes, number: int, offset: int) -> str:
+        where = f"{self._path} line {number} (byte {offset})"
+        record = self._record(line, number, offset)
         if self._field not in record:
             raise DataError(f"{where}: {nearest('field', self._field, record)}")
         text = record[self._field]

@@ -39,6 +39,8 @@ class HubData(Source):
         DataError: it is not of the form above.
     """
 
+    kind = "data set of the Hub"
+
     def __init__(self, spec: str) -> None:
         super().__init__(PREFIX + spec)
         found = _SPEC.fullmatch(spec)
@@ -68,6 +70,17 @@ class HubData(Source):
         builder = self._asked(lambda: datasets.load_dataset_builder(**self._options()))
         parts = (self._path, builder.config_id, builder.hash, self._revision, self._split, self._field)
         return "hub:" + ":".join(map(str, parts))
+
+    def fields(self) -> dict[str, str]:
+        """See :class:`Source`; read from the first row of the stream where the data set does not tell."""
+        import datasets
+
+        options = self._options() | {"streaming": True}
+        data = self._asked(lambda: datasets.load_dataset(split=self._split.partition("[")[0], **options))
+        if data.features is not None:
+            return {str(name): _type(feature) for name, feature in data.features.items()}
+        row: dict[str, Any] = self._asked(lambda: next(iter(data), {}))
+        return {str(name): type(value).__name__ for name, value in row.items()}
 
     def _options(self) -> dict[str, Any]:
         import datasets
@@ -130,26 +143,40 @@ class SavedData(Source):
         field: name of the text column.
     """
 
+    kind = "saved data set"
+
     def __init__(self, path: Path, name: str, split: str | None, field: str) -> None:
         super().__init__(name)
         self._path, self._split, self._field = path, split, field
 
     def _documents(self) -> Iterator[str]:
-        import datasets
-
-        folder = self._path / self._split if self._split is not None else self._path
+        data = self._load()
         try:
-            data = datasets.load_from_disk(str(folder))
             yield from texts(data, self._field, self.name)
         except DataError:
             raise
         except Exception as error:  # see HubData
             raise DataError(f"{self.name} cannot be read: {one_line(error)}") from error
 
+    def fields(self) -> dict[str, str]:
+        """See :class:`Source`."""
+        return {str(name): _type(feature) for name, feature in self._load().features.items()}
+
+    @property
+    def _folder(self) -> Path:
+        return self._path / self._split if self._split is not None else self._path
+
+    def _load(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_from_disk(str(self._folder))
+        except Exception as error:  # see HubData
+            raise DataError(f"{self.name} cannot be read: {one_line(error)}") from error
+
     def fingerprint(self) -> str:
         """Sizes and times of its files, and the field."""
-        folder = self._path / self._split if self._split is not None else self._path
-        stamps = [stamp(path) for path in files_below(folder, {".arrow", ".json"})]
+        stamps = [stamp(path) for path in files_below(self._folder, {".arrow", ".json"})]
         return f"saved:{self._field}:{'|'.join(stamps)}"
 
 
@@ -204,3 +231,7 @@ def streamed_texts(data: Any, field: str, name: str) -> Iterator[str]:
             kind = type(text).__name__
             raise DataError(f"{name}, row {number}: field {field!r} holds a {kind} where text was expected")
         yield text or ""
+
+
+def _type(feature: Any) -> str:
+    return str(getattr(feature, "dtype", None) or type(feature).__name__)

@@ -43,7 +43,10 @@ class Source(ABC):
 
     Attributes:
         name: the specification it was opened with.
+        kind: what it is, in a few words.
     """
+
+    kind = "documents"
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -65,6 +68,14 @@ class Source(ABC):
     @abstractmethod
     def _documents(self) -> Iterator[str]:
         """Every document; empty ones may be among them."""
+
+    def fields(self) -> dict[str, str]:
+        """Names and types of the fields of a record, where it has records (those of the first file or line).
+
+        Raises:
+            DataError: the source is missing or damaged.
+        """
+        return {}
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -105,6 +116,11 @@ class Split(Source):
     def __init__(self, source: Source, part: str) -> None:
         super().__init__(f"{source.name}#{part}")
         self._source, self._part = source, part
+        self.kind = f"{'held-out' if part == 'valid' else 'training'} share of: {source.kind}"
+
+    def fields(self) -> dict[str, str]:
+        """See :class:`Source`."""
+        return self._source.fields()
 
     def _documents(self) -> Iterator[str]:
         total = kept = 0

@@ -15,12 +15,17 @@ from spikelm.tokenizer import Tokenizer
 class StoredTokens(TokenSource):
     """A complete token store, opened where it is.
 
+    Attributes:
+        store: the tokens.
+
     Args:
         path: its folder.
 
     Raises:
         DataError: it is damaged.
     """
+
+    kind = "token store"
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))

@@ -29,6 +29,8 @@ class Table(Source):
         field: name of the column.
     """
 
+    kind = "parquet or Arrow file"
+
     def __init__(self, path: Place, field: str) -> None:
         super().__init__(f"{path}#{field}")
         self._path, self._field = path, field
@@ -46,6 +48,22 @@ class Table(Source):
                     ) from error
                 row += len(column)
 
+    def fields(self) -> dict[str, str]:
+        """See :class:`Source`."""
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
+
+        with self._local() as local:
+            try:
+                if plain_suffix(self._path) in PARQUET_SUFFIXES:
+                    schema = pyarrow.parquet.read_schema(_existing(local))
+                else:
+                    with pyarrow.memory_map(str(_existing(local))) as source:
+                        schema = _open_arrow(source)[0]
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(f"{self._path} is truncated or corrupted ({one_line(error)})") from error
+        return {field.name: str(field.type) for field in schema}
+
     @contextmanager
     def _local(self) -> Iterator[Path]:
         if isinstance(self._path, Path) and not is_compressed(self._path):
@@ -58,7 +76,7 @@ class Table(Source):
             yield Path(copy.name)
 
     def _columns(self, local: Path) -> Iterator[Any]:
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         row = 0
         parquet = plain_suffix(self._path) in PARQUET_SUFFIXES
@@ -78,7 +96,7 @@ class Table(Source):
             row += len(column)
 
     def _parquet(self, local: Path) -> Iterator[Any]:
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(_existing(local), page_checksum_verification=True) as file:
             check_column(file.schema_arrow, self._field, str(self._path))
@@ -90,14 +108,8 @@ class Table(Source):
         import pyarrow
 
         with pyarrow.memory_map(str(_existing(local))) as source:
-            if source.read(len(_ARROW_FILE)) == _ARROW_FILE:
-                file = pyarrow.ipc.open_file(source)
-                check_column(file.schema, self._field, str(self._path))
-                batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            else:
-                source.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(source))
-                check_column(batches.schema, self._field, str(self._path))
+            schema, batches = _open_arrow(source)
+            check_column(schema, self._field, str(self._path))
             for batch in batches:
                 column = batch.column(batch.schema.get_field_index(self._field))
                 column.validate(full=True)  # offsets of a damaged file would be read outside the file
@@ -106,6 +118,18 @@ class Table(Source):
     def fingerprint(self) -> str:
         """That of the file, and the field."""
         return f"table:{self._field}:{stamp(self._path)}"
+
+
+def _open_arrow(source: Any) -> tuple[Any, Iterator[Any]]:
+    """Schema and record batches of an Arrow file or stream."""
+    import pyarrow
+
+    if source.read(len(_ARROW_FILE)) == _ARROW_FILE:
+        file = pyarrow.ipc.open_file(source)
+        return file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+    source.seek(0)
+    stream = pyarrow.ipc.open_stream(source)
+    return stream.schema, iter(stream)
 
 
 def check_column(schema: Any, field: str, where: str) -> None:

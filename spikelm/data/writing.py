@@ -272,8 +272,10 @@ class _Writer:
         """Remove the shard at hand, and the whole folder where nothing in it can be continued."""
         if self._shard is not None:
             self._shard.remove()
-        if not self._checks:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        # What is on disk counts: the last shard may have been put in place just before.
+        with suppress(OSError):
+            if not shard_numbers(self._folder):
+                shutil.rmtree(self._folder)
 
 
 class _ShardFiles:
