@@ -298,6 +298,9 @@ def _write(
     on_progress: Callable[[int], None] | None,
 ) -> TokenStore:
     written = writing.write_shards(folder, plan, source, tokenizer, workers, on_progress)
+    if writing.Plan.of(source, tokenizer, plan.shard_tokens).content != plan.content:
+        writing.discard(folder)
+        raise DataError(f"{source.name} changed while it was tokenised; give the command again")
     index = Index(
         format_version=FORMAT_VERSION,
         source=plan.source,

@@ -55,7 +55,7 @@ def stored_tokens(folder: Path) -> StoredTokens | None:
     Raises:
         DataError: the store is damaged or unfinished.
     """
-    if (folder / "index.json").is_file() and (folder / "00000").is_dir():
+    if _is_store(folder):
         return StoredTokens(folder)
     if (folder / writing.PLAN).is_file() and (plan := writing.read_plan(folder)) is not None:
         raise DataError(
@@ -63,3 +63,16 @@ def stored_tokens(folder: Path) -> StoredTokens | None:
             "give the same command that began it again"
         )
     return None
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether an index of tokens lies there; a folder of text may hold a file of that name too."""
+    path = folder / "index.json"
+    if not path.is_file():
+        return False
+    if (folder / "00000").is_dir():
+        return True
+    try:
+        return b'"tokens_sha256"' in path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -206,3 +206,19 @@ def test_the_record_is_of_one_tokenizer(tmp_path: Path) -> None:
         assert index.tokenizer == tokenizer.sha256
         assert index.num_bytes == sum(tokenizer.token_bytes[t] for t in b"abcabc")
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "uint16", "uint32"])
+def test_files_of_another_writer(dtype: str, tmp_path: Path) -> None:
+    """DeepSpeed carries Megatron's writer, with type codes of its own."""
+    module = pytest.importorskip("deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset")
+    torch = pytest.importorskip("torch")
+    builder = module.MMapIndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.dtype(dtype).type)
+    for text in (b"abc", b"de", b"fghij"):
+        builder.add_item(torch.tensor(list(text)))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "a.idx"))
+    blocks = TokenBlocks.build(tmp_path / "a.bin", BYTES, 3, tmp_path / "cache")
+    assert blocks.starts.tolist() == [0, 3, 5] and blocks.tokens.tolist() == list(b"abcdefghij")
+    assert blocks.store.tokens.dtype == np.dtype(dtype)

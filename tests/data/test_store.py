@@ -385,6 +385,19 @@ def test_a_source_that_became_shorter_is_refused(tmp_path: Path) -> None:
         tokenise(Shrinking("abcdef" * 30), BYTES, tmp_path, shard_tokens=70)
 
 
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    class Growing(Texts):
+        def _documents(self):
+            yield from self.texts
+            self.texts = ("abc", "de")
+
+    source = Growing("abc")
+    with pytest.raises(DataError, match="texts changed while it was tokenised"):
+        tokenise(source, BYTES, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert tokenise(source, BYTES, tmp_path).index.num_documents == 2
+
+
 def test_damaged_shards_are_named(tmp_path: Path) -> None:
     path = tokenise(Texts("abc def " * 100), BYTES, tmp_path, shard_tokens=300).path
     kept = tmp_path / "kept"
@@ -399,6 +412,13 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     shutil.copytree(path / "00000", path / "00001")
     with pytest.raises(DataError, match="is of shard 0 where shard 1 was expected"):
         open_store(path)
+    shutil.rmtree(path / "00000")
+    with pytest.raises(DataError, match="00000 is missing: shard 0 of 3"):
+        open_source(path)
+    shutil.rmtree(path / "00001")
+    (path / "index.json").write_text('{"format_version": 2, "tokens_sha256": ""}')
+    with pytest.raises(DataError, match="has format 2; expected 3"):
+        open_source(path)
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 2.5])
