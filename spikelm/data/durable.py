@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+WRITING = ".writing-"
+"""How the names of files and folders begin that are not yet whole."""
+
+
+def temporary_path(folder: Path, what: str) -> Path:
+    """A name in ``folder`` for what this process writes and renames; it tells machine and process."""
+    return folder / f"{WRITING}{host()}-{os.getpid()}-{what}"
+
+
+def host() -> str:
+    """Name of this machine, as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 
 
 def sync_folder(folder: Path) -> None:
@@ -34,7 +49,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
     """Put a JSON file in place at once: a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path.parent, path.name)
     write_json(temporary, content)
     temporary.replace(path)
     sync_folder(path.parent)

@@ -16,7 +16,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,27 +27,34 @@ _SILENT = 2.0  # seconds of waiting that are not worth a word
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, done: Callable[[], bool] | None = None) -> Iterator[bool]:
     """Hold the lock of ``folder``, waiting for it if need be.
 
     Args:
         folder: what is locked; it need not exist, its parent must.
         what: what the holder does, for the line that a waiting process logs.
+        done: whether the holder's work is there, so that many who wait for it need not take turns.
+
+    Yields:
+        Whether the lock is held; false only once ``done`` says so.
 
     Raises:
         OSError: the lock file cannot be written.
     """
     path = folder.with_name(f".{folder.name}.lock")
     try:
-        handle = _acquire(path, what)
+        handle = _acquire(path, what, done)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
         path = local_lock(folder)
         _log.info("%s has no file locks (%s); locking on this machine only", folder.parent, error.strerror)
-        handle = _acquire(path, what)
+        handle = _acquire(path, what, done)
+    if handle is None:
+        yield False
+        return
     try:
-        yield
+        yield True
     finally:
         # Removed while it is held: whoever waits for it sees that the name is gone and makes a new file.
         with suppress(OSError):
@@ -61,7 +68,7 @@ def local_lock(folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"spikelm-{os.getuid()}-{digest}.lock"
 
 
-def _acquire(path: Path, what: str) -> int:
+def _acquire(path: Path, what: str, done: Callable[[], bool] | None) -> int | None:
     started, pause, spoke = time.monotonic(), _FIRST_PAUSE, False
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -74,6 +81,8 @@ def _acquire(path: Path, what: str) -> int:
                 spoke = True
                 _log.warning("waiting for %s, which is %s", _describe(holder), what)
             time.sleep(pause)
+            if done is not None and done():
+                return None
             pause = min(2 * pause, _LONGEST_PAUSE)
             continue
         except BaseException:

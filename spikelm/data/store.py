@@ -180,22 +180,28 @@ def tokenise(
     plan = writing.Plan.of(source, tokenizer, shard_tokens)
     identity = json.dumps(plan.content)
     folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    store = _found(folder, source)
-    if store is not None:
-        return store
+    complete = (folder / "index.json").exists
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with locked(folder, f"tokenising {source.name}"):
-            store = _found(folder, source)  # by a process that was faster
+        while True:
+            store = _found(folder, source)
             if store is not None:
                 return store
-            if (folder / "index.json").exists():
-                writing.discard(folder)  # damaged
-            started = writing.read_plan(folder)
-            if started is not None and started.content == plan.content:
-                plan = replace(started, source=source.name)
-                replace_json(folder / writing.PLAN, asdict(plan))
-            return _write(folder, plan, source, tokenizer, workers, on_progress)
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            # A damaged store must be replaced, so its index says nothing about the work of another process.
+            done = None if complete() else complete
+            with locked(folder, f"tokenising {source.name}", done) as held:
+                if not held:
+                    continue
+                store = _found(folder, source)  # by a process that was faster
+                if store is not None:
+                    return store
+                if complete():
+                    writing.discard(folder)  # damaged
+                started = writing.read_plan(folder)
+                if started is not None and started.content == plan.content:
+                    plan = replace(started, source=source.name)
+                    replace_json(folder / writing.PLAN, asdict(plan))
+                return _write(folder, plan, source, tokenizer, workers, on_progress)
     except OSError as error:
         raise DataError(f"cannot write the token cache {cache_dir}: {error.strerror or error}") from error
 
@@ -283,7 +289,9 @@ def _found(folder: Path, source: Source) -> TokenStore | None:
     if not (folder / "index.json").exists():
         return None
     try:
-        return open_store(folder)
+        store = open_store(folder)
+        writing.tidy(folder)  # what a process left that was killed just before
+        return store
     except DataError as error:
         warnings.warn(f"{error} (tokenising {source.name} again)", stacklevel=3)
         return None

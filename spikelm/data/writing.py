@@ -12,9 +12,8 @@ import hashlib
 import os
 import re
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -24,7 +23,15 @@ from typing import IO, Any
 import numpy as np
 
 from spikelm.data.checksums import RunningChecksums, checksums
-from spikelm.data.durable import replace_json, sync_folder, write_bytes, write_json
+from spikelm.data.durable import (
+    WRITING,
+    host,
+    replace_json,
+    sync_folder,
+    temporary_path,
+    write_bytes,
+    write_json,
+)
 from spikelm.data.encoding import Part, encode_documents
 from spikelm.data.shards import (
     FORMAT_VERSION,
@@ -44,7 +51,6 @@ from spikelm.tokenizer import TokenArray, Tokenizer
 SHARD_TOKENS = 100_000_000
 """Tokens of a shard unless chosen: 200 MB at two bytes each, what a kill costs at most."""
 PLAN = "plan.json"
-_WRITING = ".writing-"
 _OLD = 86400.0  # seconds after which another machine's unfinished shard is taken for abandoned
 
 
@@ -283,7 +289,7 @@ class _ShardFiles:
 
     def __init__(self, store: Path, number: int, dtype: str) -> None:
         self._store, self._number, self._dtype = store, number, dtype
-        self._folder = store / f"{_WRITING}{_host()}-{os.getpid()}-{number:05d}"
+        self._folder = temporary_path(store, f"{number:05d}")
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
         self._file: IO[bytes] = (self._folder / "tokens.npy").open("wb")  # noqa: SIM115 (closed in finish)
@@ -338,10 +344,6 @@ class _ShardFiles:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
-
-
 def _remove_shards(folder: Path, first: int) -> None:
     for number in reversed([n for n in shard_numbers(folder) if n >= first]):
         shutil.rmtree(shard_folder(folder, number))
@@ -349,14 +351,10 @@ def _remove_shards(folder: Path, first: int) -> None:
 
 def _remove_unfinished(folder: Path) -> None:
     """Remove what killed runs left. On this machine the lock says that nobody else writes here."""
-    for path in _unfinished(folder):
+    for path in sorted(folder.glob(f"{WRITING}*")):
         with suppress(FileNotFoundError):
-            if path.name.startswith(f"{_WRITING}{_host()}-") or time.time() - path.stat().st_mtime > _OLD:
-                shutil.rmtree(path)
-
-
-def _unfinished(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob(f"{_WRITING}*"))
+            if path.name.startswith(f"{WRITING}{host()}-") or time.time() - path.stat().st_mtime > _OLD:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def discard(folder: Path) -> None:
@@ -368,8 +366,10 @@ def discard(folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove the plan of a store that is complete."""
+    plan = folder / PLAN
     with suppress(OSError):
-        (folder / PLAN).unlink()
+        if plan.exists():
+            plan.unlink()
 
 
 def same(index: Any, plan: Plan) -> bool:
