@@ -14,7 +14,7 @@ comma := ,
 GPU  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 PINS := $(if $(GPU),,--constraint constraints/cpu.txt)
 CORE_SPEC := .$(if $(GPU),[gpu])
-DEV_SPEC  := $(if $(GPU),.[dev$(comma)gpu],.[dev])
+DEV_SPEC  := $(if $(GPU),.[dev$(comma)train$(comma)gpu],.[dev$(comma)train])
 
 # What is installed is remembered by the contents of the files that decide it, so a second run installs nothing.
 KEY  := $(shell cat pyproject.toml constraints/*.txt | cksum | cut -d' ' -f1)$(GPU)

@@ -62,17 +62,25 @@ class MicroBatch:
         return self.first + len(self.inputs) - 1
 
 
-def pieces(first: int, samples: int, parts: int) -> Iterator[tuple[int, int]]:
-    """(first sample, number) of ``parts`` pieces, sizes differing by one at most."""
-    for part in range(parts):
-        start, stop = samples * part // parts, samples * (part + 1) // parts
+def pieces(
+    first: int, samples: int, parts: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[int, int]]:
+    """(first sample, number) of a rank's pieces, when samples are cut into ``parts`` for each of the ranks.
+
+    Sizes differ by one at most, and a rank's pieces follow one another.
+    """
+    whole = parts * world_size
+    for part in range(rank * parts, (rank + 1) * parts):
+        start, stop = samples * part // whole, samples * (part + 1) // whole
         yield first + start, stop - start
 
 
-def micro_batches(blocks: TokenBlocks, seed: int, first: int, samples: int, parts: int) -> list[MicroBatch]:
-    """The samples of one step; their order depends on (seed, global sample index) alone."""
+def micro_batches(
+    blocks: TokenBlocks, seed: int, first: int, samples: int, parts: int, rank: int = 0, world_size: int = 1
+) -> list[MicroBatch]:
+    """A rank's share of one step; the order of samples depends on (seed, global sample index) alone."""
     found = []
-    for start, number in pieces(first, samples, parts):
+    for start, number in pieces(first, samples, parts, rank, world_size):
         batch = blocks.batch(seed, start, number)
         found.append(
             MicroBatch(

@@ -52,6 +52,16 @@ class CheckpointStore:
             raise self._unwritable(error) from error
 
     @contextlib.contextmanager
+    def held(self, mine: bool) -> Iterator[None]:
+        """:meth:`open` and :meth:`locked` on the rank that writes (``mine``), nothing on the others."""
+        if not mine:
+            yield
+            return
+        self.open()
+        with self.locked():
+            yield
+
+    @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run's folder, cleared of what an interrupted write left behind.
 

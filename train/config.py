@@ -152,6 +152,13 @@ class TrainConfig(Section):
         checkpoint_every: steps between checkpoints (0: only at the end).
         keep: checkpoints that are kept.
         log_every: steps between lines of the log.
+        backend: ``torch`` (one process, or DistributedDataParallel on several ranks), ``deepspeed`` (ZeRO),
+            or ``auto``: deepspeed where ``deepspeed`` is given.
+        deepspeed: settings of DeepSpeed: a name in configs/deepspeed (``zero2``), or a JSON file.
+        timeout: seconds that ranks wait for one another before the run ends with an error.
+        on_bad_step: what happens when a loss or gradient is not finite, always before the update: ``stop``,
+            ``skip`` (pass over the batch) or ``rollback`` (also go back to the newest checkpoint).
+        bad_step_limit: bad steps in a row after which a run stops whatever the policy.
         l2wrap: factor of the L2Wrap gradient (1e-4 as SpikeGPT published, 0 for none).
         gradient_checkpointing: recompute blocks in backward to save memory.
         out: folder of the run.
@@ -176,6 +183,11 @@ class TrainConfig(Section):
     checkpoint_every: Count = 200
     keep: Positive = 2
     log_every: Positive = 10
+    backend: Literal["auto", "torch", "deepspeed"] = "auto"
+    deepspeed: str | None = None
+    timeout: Annotated[float, Field(ge=1.0)] = 600.0
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    bad_step_limit: Positive = 10
     l2wrap: Weight = 0.0
     gradient_checkpointing: bool = False
     out: str = "runs/train"

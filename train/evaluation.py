@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spikelm.meter import Meter
+from spikelm.meter import Meter, ProjectionCount
 from spikelm.recurrence import Context
-from spikelm.train.batches import micro_batches
+from spikelm.train.batches import micro_batches, pieces
+from spikelm.train.ranks import Ranks
 from spikelm.train.spikes import brief
 
 if TYPE_CHECKING:
@@ -69,16 +70,17 @@ def evaluate(
     """Loss on held-out blocks, without a trace in the training run's random state.
 
     Args:
-        backend: executes the model.
+        backend: executes the model; every rank takes its share of the blocks.
         blocks: held-out text.
         step: optimiser steps done.
         samples: blocks to use; 0 uses all of them once.
-        rows: blocks of one pass; they bound the memory and do not change the result.
-        stopped: asked between batches whether to give up.
+        rows: blocks of one pass on one rank; they bound the memory and do not change the result.
+        stopped: asked on all ranks between passes whether to give up.
 
     Returns:
         the evaluation and the meter's whole summary, or None when it was given up.
     """
+    ranks = backend.ranks
     total = len(blocks) if samples == 0 else min(len(blocks), samples)
     meter = Meter()
     nats, count, nbytes = 0.0, 0, 0
@@ -86,19 +88,25 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for first in range(0, total, rows):
+            for first in range(0, total, rows * ranks.world_size):
                 if stopped():
                     return None
-                (piece,) = micro_batches(blocks, EVALUATION_SEED, first, min(rows, total - first), 1)
+                together = min(rows * ranks.world_size, total - first)
+                ((start, mine),) = pieces(first, together, 1, ranks.rank, ranks.world_size)
+                # Where weights are split, a rank without a block must still do its part of the pass.
+                (piece,) = micro_batches(blocks, EVALUATION_SEED, start if mine else first, max(mine, 1), 1)
                 piece = piece.to(backend.device)
-                output = backend.loss(
-                    piece.inputs, piece.targets, None, Context(reset=piece.reset, meter=meter)
-                )
-                nats += float(output.nats)
-                count += piece.count
-                nbytes += piece.nbytes
+                ctx = Context(reset=piece.reset, meter=meter if mine else None)
+                output = backend.loss(piece.inputs, piece.targets, None, ctx)
+                if mine:
+                    nats += float(output.nats)
+                    count += piece.count
+                    nbytes += piece.nbytes
     finally:
         model.train()
+    nats, *counts = ranks.totals(nats, count, nbytes)
+    count, nbytes = (int(value) for value in counts)
+    combine(meter, ranks)
     summary = meter.summary()
     spikes = brief(summary)
     mean = nats / max(count, 1)
@@ -114,3 +122,36 @@ def evaluate(
         ),
         summary,
     )
+
+
+def combine(meter: Meter, ranks: Ranks) -> None:
+    """Make the sums of a meter those of all ranks (a rank may have seen nothing)."""
+    if ranks.world_size == 1:
+        return
+    mine = {
+        path: [entry.spiking, entry.in_features, entry.out_features, path in meter.outside]
+        for path, entry in meter.counts.items()
+    }
+    seen: dict[str, list[Any]] = {}
+    for told in ranks.gather(mine):
+        seen.update(told)
+    for path in sorted(seen):
+        spiking, inputs, outputs, outside = seen[path]
+        entry = meter.counts.get(path)
+        sums = torch.zeros(4 + inputs, dtype=torch.float64)
+        if entry is not None:
+            sums[:4] = torch.stack([entry.tokens, entry.nonzero, entry.magnitude, entry.clipped]).cpu()
+            sums[4:] = entry.fired.cpu()
+        sums = ranks.total(sums)
+        meter.counts[path] = ProjectionCount(
+            spiking=spiking,
+            in_features=inputs,
+            out_features=outputs,
+            tokens=sums[0],
+            nonzero=sums[1],
+            magnitude=sums[2],
+            clipped=sums[3],
+            fired=sums[4:] > 0,
+        )
+        if outside:
+            meter.outside.add(path)

@@ -17,10 +17,11 @@ class RunLog:
 
     Args:
         path: the file; it is created with its first line.
+        silent: write nothing (every rank but the first).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, silent: bool = False) -> None:
+        self.path, self.silent = path, silent
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         """Append a line ``{"event": event, ...}``; numbers that are not finite become strings.
@@ -28,6 +29,8 @@ class RunLog:
         Raises:
             TrainingError: the file cannot be written.
         """
+        if self.silent:
+            return
         line = json.dumps({"event": event, **_plain(values)}, ensure_ascii=False, allow_nan=False)
         try:
             with self.path.open("a", encoding="utf-8") as stream:
@@ -41,6 +44,8 @@ class RunLog:
         Raises:
             TrainingError: the file cannot be written.
         """
+        if self.silent:
+            return
         try:
             replace_text(self.path, "")
         except OSError as error:
@@ -52,7 +57,7 @@ class RunLog:
         Raises:
             TrainingError: the file cannot be read or written.
         """
-        if not self.path.exists():
+        if self.silent or not self.path.exists():
             return
         kept = [line for line, values in self._lines() if values.get("step", 0) <= step]
         try:

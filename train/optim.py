@@ -39,18 +39,31 @@ class ParameterGroups:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BadGradient:
+    """A gradient that is not finite.
+
+    Attributes:
+        micro_batch: index of the micro-batch that brought it, on the rank that tells; -1 if it is not known.
+        parameters: names of the parameters it belongs to.
+    """
+
+    micro_batch: int
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What became of one optimiser step.
 
     Attributes:
         applied: whether the parameters were updated; they are not when a gradient is not finite.
         grad_norm: global norm of the gradient before clipping.
-        bad_parameters: names of parameters whose gradient is not finite (when not applied).
+        bad: this rank's gradients that are not finite (when not applied; empty where only the sum is not).
     """
 
     applied: bool
     grad_norm: float
-    bad_parameters: tuple[str, ...] = ()
+    bad: tuple[BadGradient, ...] = ()
 
 
 def parameter_groups(model: SpikeLM) -> ParameterGroups:
@@ -178,7 +191,11 @@ def optimizer_step(
         bad = tuple(
             name for name, p in parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())
         )
-        return StepReport(applied=False, grad_norm=value, bad_parameters=bad)
+        return StepReport(
+            applied=False,
+            grad_norm=value,
+            bad=(BadGradient(micro_batch=-1, parameters=bad),) if bad else (),
+        )
     if clip > 0.0:
         torch.nn.utils.clip_grads_with_norm_([p for _, p in parameters], clip, norm)
     for optimizer in optimizers:
@@ -192,10 +209,17 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
     """The optimisers' memory as ``index/parameter name/key`` -> tensor, for safetensors."""
     tensors: dict[str, Tensor] = {}
     for index, optimizer in enumerate(optimizers):
-        for name, parameter in _named(optimizer):
+        for name, parameter in named_parameters(optimizer):
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{index}/{name}/{key}"] = torch.as_tensor(value)
     return tensors
+
+
+def optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimiser of :func:`build_optimizers` remembers of every parameter."""
+    return (
+        ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+    )
 
 
 def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
@@ -207,7 +231,7 @@ def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors:
     left = dict(tensors)
     for index, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
-        for position, (name, parameter) in enumerate(_named(optimizer)):
+        for position, (name, parameter) in enumerate(named_parameters(optimizer)):
             prefix = f"{index}/{name}/"
             own = {key[len(prefix) :]: left.pop(key) for key in list(left) if key.startswith(prefix)}
             for key, value in own.items():
@@ -223,7 +247,7 @@ def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors:
         raise TrainingError(f"optimiser state {sorted(left)[0]!r} belongs to no parameter of this run")
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Named:
+def named_parameters(optimizer: torch.optim.Optimizer) -> Named:
     """Names and parameters in the order of the optimiser's own numbering."""
     return [
         pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish, granted after the current step."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a wish, granted after the current step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+"""Ctrl-C; what job schedulers send before they kill; what they send some time before the limit (Slurm)."""
+
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second one acts as usual.
+    """While entered, the first of :data:`SIGNALS` is remembered; a second one acts as usual.
 
     Outside the main thread, where Python allows no handlers, nothing is caught.
 
@@ -23,7 +26,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.Signals[name] for name in SIGNALS):
                 self._before[number] = signal.signal(number, self._catch)
         return self
 

@@ -27,6 +27,7 @@ FORMAT = 1
 
 FREE_KEYS = frozenset(
     {
+        *("backend", "deepspeed", "timeout", "on_bad_step", "bad_step_limit"),
         *("out", "resume", "device", "accumulation", "gradient_checkpointing", "keep", "log_every"),
         *("eval_every", "eval_batches", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every"),
         *("data.train", "data.valid", "data.tokenizer", "data.cache", "steps", "model"),
@@ -53,6 +54,8 @@ class Progress:
         evaluation: the last evaluation as JSON values, or None.
         sampled: step of the last written sample (-1: none).
         train_loss: mean nats per token at the last log line, or None.
+        avoid: first samples of the batches that are passed over, because a loss or gradient of theirs was not
+            finite.
     """
 
     step: int = 0
@@ -68,6 +71,7 @@ class Progress:
     evaluation: dict[str, Any] | None = None
     sampled: int = -1
     train_loss: float | None = None
+    avoid: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

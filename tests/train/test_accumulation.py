@@ -13,7 +13,7 @@ from spikelm.data import TokenBlocks
 from spikelm.loss import next_token_loss
 from spikelm.recurrence import Context
 from spikelm.tokenizer import Tokenizer
-from spikelm.train.backend import TorchBackend
+from spikelm.train.backend_torch import TorchBackend
 from spikelm.train.batches import micro_batches, pieces
 from spikelm.train.config import TrainConfig
 from spikelm.train.setup import build_model

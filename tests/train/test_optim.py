@@ -138,7 +138,7 @@ def test_a_bad_gradient_changes_nothing(bad: float) -> None:
     assert weight.grad is not None
     weight.grad[0, 0] = bad
     report = optimizer_step(named(built), optimizers, clip=1.0)
-    assert not report.applied and report.bad_parameters == ("blocks.1.channel.key.linear.weight",)
+    assert not report.applied and report.bad[0].parameters == ("blocks.1.channel.key.linear.weight",)
     assert all(torch.equal(p, before[name]) for name, p in named(built))
     assert all(torch.equal(value, memory[name]) for name, value in optimizer_tensors(optimizers).items())
 

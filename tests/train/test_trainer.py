@@ -147,8 +147,8 @@ def test_not_finite_stops_before_the_update(
     if place == "loss":
         original = backend.loss
 
-        def loss(inputs: Any, targets: Any, state: Any, ctx: Any) -> Any:
-            output = original(inputs, targets, state, ctx)
+        def loss(inputs: Any, targets: Any, state: Any, ctx: Any, **options: Any) -> Any:
+            output = original(inputs, targets, state, ctx, **options)
             if ctx.step == 4 and ctx.random is not None and int(ctx.random.stream[0]) == 18:
                 before.update({k: v.clone() for k, v in run.model.state_dict().items()})
                 return dataclasses.replace(output, loss=output.loss * bad)
@@ -194,8 +194,8 @@ def test_the_same_trainer_goes_on_after_a_refused_step(
     backend = run._backend
     loss = backend.loss
 
-    def poisoned(inputs: Any, targets: Any, state: Any, ctx: Any) -> Any:
-        output = loss(inputs, targets, state, ctx)
+    def poisoned(inputs: Any, targets: Any, state: Any, ctx: Any, **options: Any) -> Any:
+        output = loss(inputs, targets, state, ctx, **options)
         if ctx.step == 4 and ctx.random is not None and int(ctx.random.stream[0]) == 18:
             if place == "loss":
                 return dataclasses.replace(output, loss=output.loss * math.nan)
