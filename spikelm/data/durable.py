@@ -34,22 +34,30 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a new file and wait until it is on disk."""
+def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a new file and, unless ``sync`` is off, wait until it is on disk."""
     with path.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a new JSON file and wait until it is on disk; equal content gives equal bytes."""
-    write_bytes(path, json.dumps(content, indent=1, ensure_ascii=True).encode("ascii") + b"\n")
+def write_json(path: Path, content: Mapping[str, Any], sync: bool = True) -> None:
+    """:func:`write_bytes` for JSON; equal content gives equal bytes."""
+    write_bytes(path, json.dumps(content, indent=1, ensure_ascii=True).encode("ascii") + b"\n", sync)
 
 
-def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Put a JSON file in place at once: a reader sees the old one or the new one, never a part."""
+def replace_json(path: Path, content: Mapping[str, Any], sync: bool = True) -> None:
+    """Put a JSON file in place at once: a reader sees the old one or the new one, never a part.
+
+    Args:
+        path: the file.
+        content: JSON values.
+        sync: wait until it is on disk; off for what may be lost with the power, at the cost of work.
+    """
     temporary = temporary_path(path.parent, path.name)
-    write_json(temporary, content)
+    write_json(temporary, content, sync)
     temporary.replace(path)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)

@@ -148,7 +148,7 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     if read_plan(folder) != plan:
         _remove_shards(folder, 0)
-        replace_json(folder / PLAN, asdict(plan))
+        replace_json(folder / PLAN, asdict(plan), sync=False)
     _remove_unfinished(folder)
     writer = _Writer(folder, plan, tokenizer)
     try:

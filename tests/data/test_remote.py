@@ -49,6 +49,9 @@ class Site(http.server.ThreadingHTTPServer):
         self.broken, self.ranges, self.chunked, self.tag = 0, False, False, '"1"'
         self.requests: list[str] = []
 
+    def handle_error(self, request: object, address: object) -> None:
+        """A client that goes away early is no news."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
