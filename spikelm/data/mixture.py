@@ -215,8 +215,8 @@ def layout(counts: Int64, seed: np.uint64) -> tuple[npt.NDArray[np.intp], Int64]
         seed: of the period.
 
     Returns:
-        [P] and int64 [P]; source k occurs ``counts[k]`` times, and never strays from an even spread by more
-        than one part of its own.
+        [P] and int64 [P]; source k occurs ``counts[k]`` times. Among the first n places it is ``n * share``
+        times, give or take ``1 + K * share``.
     """
     source = np.repeat(np.arange(len(counts)), counts)
     rank = np.concatenate([np.arange(count) for count in counts])

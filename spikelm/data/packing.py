@@ -11,6 +11,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,6 +149,9 @@ class Reader:
     def close(self) -> None:
         """End the thread."""
         self._closed.set()
+        with suppress(queue.Empty):
+            while True:  # make room: the thread may be waiting for it
+                self._chunks.get_nowait()
         self._thread.join()
 
     def _run(self, source: Source, tokenizer: Tokenizer, length: int, start: Place) -> None:

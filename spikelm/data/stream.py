@@ -63,6 +63,7 @@ class Stream(Samples):
         self._numbers, self._places = [0], [Place()]  # chunks whose beginning is known, in ascending order
         self._kept: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
         self._keep = -(-self._window // CHUNK) + 2  # a window may begin and end inside a chunk
+        self._orders: dict[tuple[int, int, int], Int64] = {}
         self._reader: Reader | None = None
         self._at = (0, 0)  # epoch and chunk that the reader gives next
 
@@ -86,11 +87,21 @@ class Stream(Samples):
         """Epoch and block of a sample; reads on until its whole window is known to exist."""
         epoch, index = self._epoch(sample)
         first = index - index % self._window
+        if self._window == 1:
+            return epoch, index
         size = self._window if self.num_blocks is None else min(self._window, self.num_blocks - first)
-        if size == 1:
-            return epoch, first
-        where = key(seed, np.array([epoch])) ^ key(1, np.array([first // self._window]))
-        return epoch, first + int(permute(np.array([index - first]), size, where)[0])
+        return epoch, first + int(self._order(seed, epoch, first // self._window, size)[index - first])
+
+    def _order(self, seed: int, epoch: int, window: int, size: int) -> Int64:
+        """The order of the blocks of a window, int64 [size]."""
+        found = self._orders.get((seed, epoch, window))
+        if found is None:
+            keys = key(seed, np.array([epoch])) ^ key(1, np.array([window]))
+            found = permute(np.arange(size), size, np.broadcast_to(keys, (size,)))
+            while len(self._orders) >= 2:  # a step may lie in two windows
+                del self._orders[next(iter(self._orders))]
+            self._orders[seed, epoch, window] = found
+        return found
 
     def _epoch(self, sample: int) -> tuple[int, int]:
         """Epoch of a sample and its number in that epoch."""
@@ -206,6 +217,7 @@ class Stream(Samples):
         with self._lock:
             self._stop()
             self._kept.clear()
+            self._orders.clear()
             self.num_blocks = blocks
             self._numbers, self._places = [0], [Place()]
             if chunk:
