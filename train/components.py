@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 KEYS = ("source", "weight")
@@ -48,9 +48,14 @@ def parse_components(value: Any) -> str | list[Component]:
     return found
 
 
+def plain(value: str | list[Component]) -> Any:
+    """JSON values that :func:`parse_components` reads."""
+    return value if isinstance(value, str) else [asdict(part) for part in value]
+
+
 def _component(entry: Any, where: str) -> Component:
     if isinstance(entry, Component):
-        entry = {"source": entry.source, "weight": entry.weight}
+        entry = asdict(entry)
     if not isinstance(entry, dict) or not entry.keys() <= set(KEYS) or "source" not in entry:
         raise ValueError(f"{where} is {entry!r}; expected {{source: SPEC, weight: NUMBER}}")
     source, weight = entry["source"], entry.get("weight", 1.0)

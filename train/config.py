@@ -11,11 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from spikelm.errors import ConfigError, nearest
 from spikelm.presets import find
-from spikelm.train.components import Component, parse_components
+from spikelm.train.components import Component, parse_components, plain
 from spikelm.yaml_values import parse_value, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
@@ -52,7 +61,7 @@ class DataConfig(Section):
         prefetch: steps whose samples are made ahead in a thread (0: none).
     """
 
-    train: Annotated[str | list[Component], PlainValidator(parse_components)]
+    train: Annotated[str | list[Component], PlainValidator(parse_components), PlainSerializer(plain)]
     valid: str | None = None
     tokenizer: str = "bytes"
     block_length: Positive = 256

@@ -1,4 +1,4 @@
-"""What all kinds of samples have in common: their order, who may compute them, and that documents never meet."""
+"""What all kinds of samples share: their order, who may compute them, and that documents never meet."""
 
 from __future__ import annotations
 
