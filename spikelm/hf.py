@@ -19,8 +19,7 @@ them.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from spikelm import state as states
 from spikelm.errors import CheckpointError, ConfigError, ShapeError
+from spikelm.hf_cache import CACHE_NAME, RecurrentCache, given_cache
 from spikelm.hf_config import SpikeLMConfig
 from spikelm.hf_inputs import (
     batch_share,
@@ -48,7 +47,6 @@ from spikelm.hf_inputs import (
 from spikelm.hf_training import StepCallback, step_of
 from spikelm.model import SpikeLM
 from spikelm.recurrence import Context
-from spikelm.state import State
 
 __all__ = [
     "RecurrentCache",
@@ -59,30 +57,6 @@ __all__ = [
     "StepCallback",
     "register",
 ]
-
-
-@dataclass
-class RecurrentCache:
-    """The model's state, in the place where transformers keeps a key-value cache.
-
-    Args:
-        state: nested dict of tensors, batch first.
-        length: tokens seen.
-    """
-
-    state: State
-    length: int = 0
-
-    is_compileable: ClassVar[bool] = False
-    """Asked by generate(): whether steps may be compiled as for a cache of fixed addresses."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far."""
-        return self.length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue from row ``beam_idx[i]`` (beam search)."""
-        self.state = states.select_rows(self.state, beam_idx)
 
 
 class SpikeLMPreTrainedModel(PreTrainedModel):
@@ -249,6 +223,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits and, with labels, the loss.
@@ -259,21 +234,24 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             position_ids: int64 [B, T] or [1, T]; where they are 0 a document starts and the state is reset
                 (packed documents). Other values mean nothing here.
             labels: int64 [B, T], shifted inside; -100 is ignored.
-            past_key_values: state of the tokens before; None for none.
+            past_key_values: state of the tokens before (:class:`RecurrentCache`); None for none.
             use_cache: whether to return the state.
             logits_to_keep: 0 for all columns, 1 for every row's last token that is no padding, n for the last
                 n columns, a tensor [n] for these columns. The loss is always that of all columns.
             return_dict: false for a tuple.
+            cache: another name of past_key_values; which of them the output's field has, too, depends on the
+                release of transformers (``output.past_key_values`` works with all).
             kwargs: ``num_items_in_batch`` (labels of the whole accumulated batch) and ``shift_labels`` reach
                 the loss; None and False ask for nothing.
 
         Raises:
-            ConfigError: for any other argument, none is dropped silently.
+            ConfigError: for any other argument, none is dropped silently; for two different states.
             ShapeError: if a mask, positions or columns do not fit input_ids.
+            StateError: if the state is no RecurrentCache.
         """
         loss_kwargs = loss_arguments(kwargs, self.config, position_ids is not None)
         losses: list[Tensor] | None = [] if self.training and labels is not None else None
-        cache = past_key_values
+        cache = given_cache(cache, past_key_values)
         ctx = self._context(input_ids, attention_mask, position_ids, cache is not None, losses)
         one = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         logits, state = self.model(input_ids, None if cache is None else cache.state, ctx, last_only=one)
@@ -288,12 +266,20 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             logits = kept_columns(logits, logits_to_keep, ctx.valid)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         seen = input_ids.shape[1] + (0 if cache is None else cache.length)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=cast(Any, RecurrentCache(state, seen) if use_cache else None),
-        )
+        kept: dict[str, Any] = {CACHE_NAME: RecurrentCache(state, seen) if use_cache else None}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
         return output if return_dict is not False else output.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; the state to go on from is ``cache`` or ``past_key_values``.
+
+        Raises:
+            ConfigError: for two different states.
+            StateError: if the state is no RecurrentCache.
+        """
+        # An old release takes the new name for an argument of the model alone, and feeds seen tokens again.
+        cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        return super().generate(*args, **kwargs if cache is None else {**kwargs, CACHE_NAME: cache})
 
     def prepare_inputs_for_generation(
         self,
@@ -303,6 +289,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Only the tokens that the state has not seen, with their positions.
@@ -318,7 +305,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             **{key: value for key, value in kwargs.items() if key not in dropped},
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
-            "past_key_values": past_key_values,
+            CACHE_NAME: given_cache(cache, past_key_values),
             "attention_mask": attention_mask,
             "position_ids": None if positions is None else positions[:, -input_ids.shape[1] :],
             "logits_to_keep": 1,

@@ -43,7 +43,7 @@ class SpikeLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """
 
     model_type = "spikelm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     format_version: int = FORMAT_VERSION
     vocab_size: int = 256

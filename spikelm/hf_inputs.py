@@ -21,6 +21,7 @@ _KNOWN = (
     "attention_mask",
     "position_ids",
     "labels",
+    "cache",
     "past_key_values",
     "use_cache",
     "logits_to_keep",

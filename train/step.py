@@ -83,7 +83,7 @@ class StepRunner:
     """
 
     def __init__(self, config: TrainConfig, backend: Backend, blocks: Samples) -> None:
-        self._config, self._backend = config, backend
+        self._config, self._backend, self._blocks = config, backend, blocks
         self._prefetch = Prefetch(blocks, config, backend.ranks)
         self._carried = blocks.carried
         self._lanes: dict[int, State] = {}
@@ -160,6 +160,10 @@ class StepRunner:
             report=report,
             bad=bad,
         )
+
+    def position(self, first: int) -> dict[str, Any]:
+        """Where the samples from ``first`` on are found again (see :meth:`Samples.state`)."""
+        return self._blocks.state(self._config.seed, first)
 
     def close(self) -> None:
         """End the threads that make samples ahead; :meth:`take` starts them again."""

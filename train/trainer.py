@@ -95,6 +95,8 @@ class Trainer:
             data=self._text.fingerprint(),
         )
         self._state = Progress()
+        self._interrupted: str | None = None
+        """Name of the signal that ends the run on all ranks."""
         self._title = title
         self._warnings = SpikeWarnings()
         self._runner = StepRunner(config, self._backend, self._text.train)
@@ -131,14 +133,15 @@ class Trainer:
                 closing(self._runner),
                 self._open_bar(self._title, config.steps * tokens, "tokens", state.step * tokens) as bar,
             ):
-                self._stop = stop
+                self._stop, self._interrupted = stop, None
                 for message in messages:
                     self._warn(bar, message)
                 self.model.train()
                 if state.step > 0:
                     bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
                     if self._periodic.work(state, bar, self._stopped):
-                        self._save()
+                        self._saving.save(state)
+                saved = state.step
                 while self._state.step < config.steps and not self._stopped():
                     before = self._state.step
                     self._train_step(bar)
@@ -147,10 +150,15 @@ class Trainer:
                     bar.advance(tokens)
                     self._periodic.work(self._state, bar, self._stopped)
                     if self._saving.due(self._state.step, self._stopped()):
-                        self._save()
-                interrupted = self._received()
+                        self._saving.save(self._state)
+                        saved = self._state.step
+                used = self._text.train.epochs(config.seed, self._state.samples)
+                self.log.write("data", {"step": self._state.step, "epochs": used})
+                interrupted = self._interrupted
                 if interrupted is not None:
                     step = self._state.step
+                    if saved != step:  # the signal came after it was asked whether to save
+                        self._saving.save(self._state)
                     bar.say(f"{interrupted}: stopped after step {step}; the same command continues")
                     self.log.write("interrupted", {"step": step, "signal": interrupted})
             self.model.eval()
@@ -229,13 +237,12 @@ class Trainer:
     # --- stopping -------------------------------------------------------------------------------------------
 
     def _stopped(self) -> bool:
-        """Whether some rank was told to stop; asked by all of them together."""
-        return self.ranks.any(self._stop.received is not None)
-
-    def _received(self) -> str | None:
-        """The signal that some rank got (the first by name), the same on every rank."""
-        got = self.ranks.totals(*[float(self._stop.received == name) for name in SIGNALS])
-        return next((name for name, count in zip(SIGNALS, got, strict=True) if count), None)
+        """Whether some rank was told to stop; asked by all of them together, answered alike."""
+        if self._interrupted is None:
+            got = self.ranks.totals(*[float(self._stop.received == name) for name in SIGNALS])
+            told = (name for name, count in zip(SIGNALS, got, strict=True) if count)
+            self._interrupted = next(told, None)
+        return self._interrupted is not None
 
     # --- start and end --------------------------------------------------------------------------------------
 
@@ -247,13 +254,6 @@ class Trainer:
         self._text.train.restore(found.data)
         self._state = found
         return found.step
-
-    def _save(self) -> None:
-        """A checkpoint, and what of the data was used until then."""
-        state, train, seed = self._state, self._text.train, self.config.seed
-        state.data = train.state(seed, state.samples)
-        self._saving.save(state)
-        self.log.write("data", {"step": state.step, "epochs": train.epochs(seed, state.samples)})
 
     def _header(self) -> None:
         """First line of the log, or the line that says where the run went on."""
