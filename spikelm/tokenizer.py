@@ -47,6 +47,7 @@ class Tokenizer:
         vocab_size: 1 + the highest id (unused ids included).
         eos_id, bos_id: ids of the end and the beginning of a document, or None.
         chat_template: Jinja chat template kept with the tokenizer, or None.
+        is_bytes: whether ids are the byte values themselves.
 
     Args:
         spec: content of a ``tokenizer.json``.
@@ -73,8 +74,8 @@ class Tokenizer:
         self._where = where
         self.chat_template = chat_template
         self._vocab, self._added = vocabulary.vocabulary(self._spec, where)
-        self._is_bytes = vocabulary.is_byte_vocabulary(self._spec, self._vocab)
-        if not self._is_bytes:
+        self.is_bytes = vocabulary.is_byte_vocabulary(self._spec, self._vocab)
+        if not self.is_bytes:
             _ = self._core  # a damaged file is reported here and not at the first use
         self.vocab_size = 1 + max([*self._vocab.values(), *self._added], default=-1)
         if self.vocab_size == 0:
@@ -196,7 +197,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """Token ids of several texts; raises :class:`DataError` for text that is not Unicode."""
-        if self._is_bytes:
+        if self.is_bytes:
             return [list(utf8(text)) for text in texts]
         core = self._core if parse_special else self._plain_core
         encodings = core.encode_batch_fast([checked(text) for text in texts], add_special_tokens=False)
@@ -208,14 +209,14 @@ class Tokenizer:
         Long texts are cut where the result cannot change and short ones are grouped, so that memory stays
         small and all cores work.
         """
-        if self._is_bytes:
+        if self.is_bytes:
             for text in texts:
                 yield np.frombuffer(utf8(text), dtype=np.uint8).astype(self.dtype)
             return
         waiting: list[list[str]] = []  # the parts of each text
         size = 0
         for text in texts:
-            waiting.append(list(split_lines(text)) if self._splits_at_lines else [text])
+            waiting.append(list(split_lines(text)) if self.splits_at_lines else [text])
             size += len(text)
             if size >= _GROUP_CHARS:
                 yield from self._encode_parts(waiting)
@@ -271,6 +272,11 @@ class Tokenizer:
         canonical = json.dumps(self._spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """Content of its ``tokenizer.json``; a tokenizer made from it gives the same tokens."""
+        return self._spec
+
     def __repr__(self) -> str:
         return f"Tokenizer({self._where}, {self.vocab_size} ids, sha256 {self.sha256[:12]})"
 
@@ -292,8 +298,8 @@ class Tokenizer:
         return core
 
     @cached_property
-    def _splits_at_lines(self) -> bool:
-        """Whether cutting as :func:`split_lines` does leaves the tokens as they are."""
+    def splits_at_lines(self) -> bool:
+        """Whether cutting text as :func:`split_lines` does leaves the tokens as they are."""
         before = self._spec.get("pre_tokenizer") or {}
         parts = before.get("pretokenizers", [before])
         splits = any(part.get("type") == "Split" or part.get("use_regex", True) for part in parts)

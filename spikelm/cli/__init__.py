@@ -48,6 +48,9 @@ COMMANDS: dict[str, Command] = {
         target="spikelm.cli.generate:generate", summary="Let a checkpoint continue a prompt."
     ),
     "convert": Command(target="spikelm.cli.convert:app", summary="Turn published weights into a checkpoint."),
+    "data": Command(
+        target="spikelm.cli.data:app", summary="Look at training text, turn it into tokens, check them."
+    ),
     "tokenizer": Command(target="spikelm.cli.tokenizer:app", summary="Train and look at tokenizers."),
     "inspect": Command(
         target="spikelm.cli.inspect:inspect",
