@@ -77,7 +77,7 @@ def kinds(folder: Path, data: Path, limit: int | None) -> dict[str, Callable[[in
             return Mixture(parts, [0.7, 0.3])
 
         def stream(length: int, buffer: int = 0, tokenizer: Any = tokenizer) -> Samples:
-            return Stream(open_source(lines), tokenizer, length, buffer)
+            return Stream(open_source(lines), tokenizer, length, buffer, workers=0)
 
         def shuffled(length: int, stream: Any = stream) -> Samples:
             made: Samples = stream(length, 1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ def load_text(
 
     def samples(spec: str) -> Samples:
         if config.stream:
-            return Stream(open_source(spec), tokenizer, length, config.shuffle_buffer)
+            return Stream(open_source(spec), tokenizer, length, config.shuffle_buffer, _workers())
         if not config.carried:
             return TokenBlocks(store(spec), tokenizer, length)
         if batch_size is None:
@@ -114,6 +115,12 @@ def load_text(
     }
     options = {name: value for name, value in given.items() if value}
     return Text(tokenizer=tokenizer, train=train, valid=valid, options=options)
+
+
+def _workers() -> int:
+    """Processes for this rank's stream: the cores are shared among the ranks of the machine."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, len(os.sched_getaffinity(0)) // (int(ranks) if ranks.isdecimal() and int(ranks) else 1))
 
 
 def model_config(model: str | Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfig:

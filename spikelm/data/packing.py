@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from spikelm.data.encoding import Part, encode_documents
 from spikelm.data.source import Source
 from spikelm.errors import DataError
 from spikelm.tokenizer import TokenArray, Tokenizer
@@ -50,7 +52,9 @@ class Chunk:
     next: Place | None
 
 
-def chunks(source: Source, tokenizer: Tokenizer, length: int, start: Place) -> Iterator[Chunk]:
+def chunks(
+    source: Source, tokenizer: Tokenizer, length: int, start: Place, workers: int = 1
+) -> Iterator[Chunk]:
     """The blocks from ``start`` to the end of one pass; the last chunk says so and may be empty.
 
     Raises:
@@ -61,34 +65,34 @@ def chunks(source: Source, tokenizer: Tokenizer, length: int, start: Place) -> I
     begins: list[tuple[int, int]] = []  # (position, document) of the documents that begin among them
     count, inside = 0, start  # tokens held; where the first of them stands
     need = CHUNK * length
-    offset = start.offset
-    number = start.document - 1
+    number, size, offset = start.document, 0, start.offset  # size: tokens of the document so far
     documents = itertools.islice(source.documents(), start.document, None)
-    for number, ids in enumerate(tokenizer.encode_arrays(documents), start.document):
-        if not len(ids):
-            if offset:
-                raise _moved(source, start)
-            continue
-        if offset > len(ids) + len(ending) - 1:
-            raise _moved(source, start)
-        if not offset:
-            begins.append((count, number))
-        for piece in (ids, ending):
-            rest = piece[offset:]
-            offset -= min(offset, len(piece))
-            if len(rest):
+    encoded = encode_documents(documents, tokenizer, name=source.name, workers=workers, first=start.document)
+    with closing(cast("Generator[Part, None, None]", encoded)) as parts:
+        for part in parts:
+            for piece in (part.tokens, ending) if part.last else (part.tokens,):
+                if not len(piece) or (piece is ending and not size):  # what gave no tokens is no document
+                    continue
+                if not size and not offset:
+                    begins.append((count, number))
+                rest = piece[max(0, offset - size) :]
+                size += len(piece)
                 held.append(rest)
                 count += len(rest)
-        if count <= need:
-            continue
-        tokens = np.concatenate(held)
-        while len(tokens) > need:
-            place = _place(begins, need, inside)
-            yield _cut(tokens[: need + 1], begins, length, CHUNK, place)
-            begins = [(at - need, document) for at, document in begins if at >= need]
-            tokens, inside = tokens[need:], place
-        held, count = [tokens], len(tokens)
-    if number < start.document and start != Place():
+            if part.last:
+                if offset and offset >= size:
+                    raise _moved(source, start)
+                number, size, offset = number + 1, 0, 0
+            if count <= need:
+                continue
+            tokens = np.concatenate(held)
+            while len(tokens) > need:
+                place = _place(begins, need, inside)
+                yield _cut(tokens[: need + 1], begins, length, CHUNK, place)
+                begins = [(at - need, document) for at, document in begins if at >= need]
+                tokens, inside = tokens[need:], place
+            held, count = [tokens], len(tokens)
+    if number == start.document and start != Place():
         raise _moved(source, start)
     tokens = np.concatenate(held) if held else np.empty(0, tokenizer.dtype)
     yield _cut(tokens, begins, length, max(0, (len(tokens) - 1) // length), None)
@@ -128,13 +132,19 @@ class Reader:
         tokenizer: how to encode them.
         length: tokens T of a block.
         start: where to begin; the first block is the one that begins there.
+        workers: processes that tokenise; 1 for none but this one.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, length: int, start: Place) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, length: int, start: Place, workers: int = 1
+    ) -> None:
         self._chunks: queue.Queue[Chunk | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(source, tokenizer, length, start), name=f"read {source.name}", daemon=True
+            target=self._run,
+            args=(source, tokenizer, length, start, workers),
+            name=f"read {source.name}",
+            daemon=True,
         )
         self._thread.start()
 
@@ -154,9 +164,9 @@ class Reader:
                 self._chunks.get_nowait()
         self._thread.join()
 
-    def _run(self, source: Source, tokenizer: Tokenizer, length: int, start: Place) -> None:
+    def _run(self, source: Source, tokenizer: Tokenizer, length: int, start: Place, workers: int) -> None:
         try:
-            for chunk in chunks(source, tokenizer, length, start):
+            for chunk in chunks(source, tokenizer, length, start, workers):
                 if not self._put(chunk):
                     return
         except BaseException as error:  # noqa: BLE001 (told to who asks for the next chunk)

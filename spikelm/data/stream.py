@@ -38,6 +38,7 @@ class Stream(Samples):
         tokenizer: how to encode them.
         block_length: tokens T of a sample.
         shuffle_buffer: blocks of a window; 0 keeps the order of the text.
+        workers: processes that tokenise; 1 for a thread of this one, 0 for one per core.
 
     Attributes:
         num_blocks: blocks of a pass, None until its end was seen.
@@ -47,7 +48,12 @@ class Stream(Samples):
     """
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, block_length: int, shuffle_buffer: int = 0
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        block_length: int,
+        shuffle_buffer: int = 0,
+        workers: int = 1,
     ) -> None:
         self.block_length = check_block_length(block_length)
         if isinstance(shuffle_buffer, bool) or not isinstance(shuffle_buffer, int) or shuffle_buffer < 0:
@@ -55,6 +61,7 @@ class Stream(Samples):
                 f"shuffle_buffer is {shuffle_buffer!r}; expected a number of blocks, or 0 for none"
             )
         self.source, self.tokenizer, self.shuffle_buffer = source, tokenizer, shuffle_buffer
+        self._workers = workers
         self.num_tokens = self.num_bytes = None
         self.carried = False
         self.num_blocks: int | None = None
@@ -129,7 +136,9 @@ class Stream(Samples):
         if self._reader is None or self._at[0] != epoch or self._at[1] > number:
             self._stop()
             known = bisect_right(self._numbers, number) - 1
-            self._reader = Reader(self.source, self.tokenizer, self.block_length, self._places[known])
+            self._reader = Reader(
+                self.source, self.tokenizer, self.block_length, self._places[known], self._workers
+            )
             self._at = (epoch, self._numbers[known])
         at = self._at[1]
         try:

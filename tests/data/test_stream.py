@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from spikelm.data import TokenBlocks
+from spikelm.data import TokenBlocks, encoding
 from spikelm.data.packing import CHUNK, Place, Reader, chunks
 from spikelm.data.source import Source
 from spikelm.data.stream import Stream
@@ -38,21 +39,6 @@ class Texts(Source):
 
     def fingerprint(self) -> str:
         return repr(self.texts)
-
-
-class Counting(Tokenizer):
-    """The byte tokenizer, counting the documents that it encodes."""
-
-    encoded = 0
-
-    def encode_arrays(self, texts: Any) -> Any:
-        for array in super().encode_arrays(texts):
-            self.encoded += 1
-            yield array
-
-
-def counting() -> Counting:
-    return Counting(Tokenizer.bytes()._spec)
 
 
 @pytest.fixture(autouse=True)
@@ -135,22 +121,29 @@ def test_windows_differ_from_one_another() -> None:
 # --- going on ---------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_stream_does_not_tokenise_what_lies_before() -> None:
-    texts, tokenizer = documents(4000), counting()
-    flow = Stream(Texts(*texts), tokenizer, 16)
+def test_a_resumed_stream_does_not_tokenise_what_lies_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, encoded = documents(4000), [0]
+    original = encoding.encode_parts
+
+    def counted(tokenizer: Tokenizer, parts: Any) -> Any:
+        encoded[0] += len(parts)
+        return original(tokenizer, parts)
+
+    monkeypatch.setattr(encoding, "encode_parts", counted)
+    flow = Stream(Texts(*texts), BYTES, 16)
     whole = flow.batch(0, 0, 9000)
     state = flow.state(0, 9000)
     expected = flow.batch(0, 9000, 8)
     flow.close()
     assert state["document"] > 2500
-    tokenizer = counting()
-    resumed = Stream(Texts(*texts), tokenizer, 16)
+    assert encoded == [4000]
+    resumed = Stream(Texts(*texts), BYTES, 16)
     resumed.restore(state)
     assert torch.equal(resumed.batch(0, 9000, 8).inputs, expected.inputs)
     resumed.close()
-    assert tokenizer.encoded < 4000 - state["document"] + 1
+    assert encoded == [4000 + 4000 - state["document"]]
     # Without a state, the same samples by reading from the start.
-    again = Stream(Texts(*texts), counting(), 16)
+    again = Stream(Texts(*texts), BYTES, 16)
     again.restore({})
     assert torch.equal(again.batch(0, 9000, 8).inputs, expected.inputs)
     assert torch.equal(again.batch(0, 100, 8).inputs, whole.inputs[100:108])  # and back
@@ -192,8 +185,29 @@ def test_reading_is_ahead_but_not_without_bound() -> None:
     time.sleep(0.3)
     ahead = source.taken
     time.sleep(0.2)
-    assert CHUNK * 16 / 64 < ahead == source.taken < 20 * CHUNK * 16 / 64
+    assert CHUNK * 16 / 64 < ahead == source.taken < 20_000
     reader.close()
+
+
+def test_worker_processes_make_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And end when the stream is closed in the middle of a pass."""
+    monkeypatch.setattr(encoding, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(encoding, "_BATCH_BYTES", 2000)
+    pools: list[Any] = []
+    original = encoding.WorkerPool
+    monkeypatch.setattr(encoding, "WorkerPool", lambda *args: pools.append(original(*args)) or pools[-1])
+    texts = [*documents(400), "ab c\n" * 900, *documents(60)]
+    flow = Stream(Texts(*texts), BPE, 16, workers=2)
+    stored = TokenBlocks.from_documents(texts, BPE, 16)
+    found = flow.batch(0, 0, len(stored)).inputs
+    assert torch.equal(found, stored.blocks(np.arange(len(stored))).inputs)
+    flow.batch(0, len(stored), 3)
+    pids = [pid for pool in pools for pid in pool.pids]
+    flow.close()
+    assert len(pools) == 2 and len(pids) == 4
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_a_stream_that_is_forgotten_ends_its_thread() -> None:
