@@ -271,6 +271,7 @@ def test_stopped_and_resumed_is_bit_equal(
     assert header["kind"] == ("lanes" if kind == "carried" else kind.split()[0 if "mix" in kind else -1])
 
 
+@pytest.mark.slow
 def test_killed_process_goes_on_with_its_lanes(make_values: Any, tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch of carried lanes, in a real process."""
     made = values(make_values, tmp_path, steps=40, checkpoint_every=1, eval_every=40, schedule__warmup=0)
