@@ -11,10 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from spikelm.errors import ConfigError, nearest
 from spikelm.presets import find
+from spikelm.train.components import Component, parse_components, plain
 from spikelm.yaml_values import parse_value, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
@@ -39,18 +49,37 @@ class DataConfig(Section):
     """Text, tokenizer and block length.
 
     Attributes:
-        train: source specification (a file, a folder, ``file.jsonl#field``, ``builtin:python-docs#train``).
+        train: source specification (a file, a folder, ``file.jsonl#field``, ``builtin:python-docs#train``),
+            or a list of ``{source: SPEC, weight: 0.7}``, whose shares are those of the samples.
         valid: source for evaluation, or None for no evaluation.
         tokenizer: ``bytes``, a tokenizer.json, or a folder that holds one.
         block_length: tokens of one sample.
         cache: folder of the tokenised blocks; None lets the data code choose.
+        stream: tokenise ``train`` while training instead of once before it.
+        shuffle_buffer: blocks of a stream that are shuffled together (0: the order of the documents).
+        carried: carry the state from step to step over long documents, in ``batch_size`` lanes.
+        prefetch: steps whose samples are made ahead in a thread (0: none).
     """
 
-    train: str
+    train: Annotated[str | list[Component], PlainValidator(parse_components), PlainSerializer(plain)]
     valid: str | None = None
     tokenizer: str = "bytes"
     block_length: Positive = 256
     cache: str | None = None
+    stream: bool = False
+    shuffle_buffer: Count = 0
+    carried: bool = False
+    prefetch: Count = 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        """Options that need, or exclude, one another."""
+        if self.shuffle_buffer and not self.stream:
+            raise ValueError("shuffle_buffer is for stream: true; without it all blocks are shuffled anyway")
+        if self.carried and (self.stream or not isinstance(self.train, str)):
+            other = "stream: true" if self.stream else "a mixture"
+            raise ValueError(f"carried needs one tokenised source, not {other}; leave one of the two out")
+        return self
 
 
 class MuonConfig(Section):
@@ -256,7 +285,8 @@ class TrainConfig(Section):
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of ``values`` with dotted ``key=value`` pairs applied; values are parsed as YAML.
 
-    ``model=NAME`` replaces the model; ``model.hidden_size=128`` changes a value of the named preset.
+    ``model=NAME`` replaces the model; ``model.hidden_size=128`` changes a value of the named preset;
+    ``data.train.0.weight=2`` one of an entry of a list.
 
     Raises:
         ConfigError: a pair without ``=``, or a key inside something that is no section.
@@ -269,18 +299,26 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             raise ConfigError(f"override {pair!r} is not of the form key=value, for example optim.lr=3e-4")
         node: Any = result
         for depth, name in enumerate(path[:-1]):
-            child = node.get(name)
+            child = node[_index(node, name, pair)] if isinstance(node, list) else node.get(name)
             if path[: depth + 1] == ["model"] and isinstance(child, str):
                 child = node[name] = {"preset": child}
             if child is None:
                 child = node[name] = {}
-            if not isinstance(child, dict):
+            if not isinstance(child, (dict, list)):
                 raise ConfigError(
                     f"override {pair!r}: {'.'.join(path[: depth + 1])} is a value, not a section"
                 )
             node = child
-        node[path[-1]] = parse_value(text, where=f"override {pair!r}")
+        last = _index(node, path[-1], pair) if isinstance(node, list) else path[-1]
+        node[last] = parse_value(text, where=f"override {pair!r}")
     return result
+
+
+def _index(values: list[Any], name: str, pair: str) -> int:
+    """Which entry of a list a part of a dotted key means (``data.train.0.weight``)."""
+    if not name.isdecimal() or int(name) >= len(values):
+        raise ConfigError(f"override {pair!r}: {name!r} is no entry of a list of {len(values)}; count from 0")
+    return int(name)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -66,6 +66,7 @@ class Saving:
         Raises:
             CheckpointError: it cannot be written; older ones are untouched.
         """
+        progress.data = self._runner.position(progress.samples)
 
         def write(folder: Path) -> None:
             backend = self._backend

@@ -13,6 +13,7 @@ from its own view (a signal, a loss that is not finite) is agreed on first, so t
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ class Trainer:
                 f"{config.accumulation}; each micro-batch needs a sample: raise batch_size or use fewer ranks"
             )
         self._open_bar = progress if self.ranks.main else silent_progress
-        self._text = load_text(config.data, self._open_bar)
+        self._text = load_text(config.data, self._open_bar, config.batch_size)
         self.tokenizer = self._text.tokenizer
         self._backend: Backend = build_backend(
             build_model(config, self.tokenizer), config, device, self.ranks
@@ -129,6 +130,7 @@ class Trainer:
             state = self._state
             with (
                 StopSignals() as stop,
+                closing(self._runner),
                 self._open_bar(self._title, config.steps * tokens, "tokens", state.step * tokens) as bar,
             ):
                 self._stop, self._interrupted = stop, None
@@ -150,6 +152,8 @@ class Trainer:
                     if self._saving.due(self._state.step, self._stopped()):
                         self._saving.save(self._state)
                         saved = self._state.step
+                used = self._text.train.epochs(config.seed, self._state.samples)
+                self.log.write("data", {"step": self._state.step, "epochs": used})
                 interrupted = self._interrupted
                 if interrupted is not None:
                     step = self._state.step
@@ -247,6 +251,7 @@ class Trainer:
         found = self._saving.resume(messages.append)
         if found is None:
             return None
+        self._text.train.restore(found.data)
         self._state = found
         return found.step
 
@@ -257,7 +262,6 @@ class Trainer:
             self.log.start()
         else:
             self.log.rewind(step)
-        text = self._text
         self.log.write(
             "run" if step == 0 else "resume",
             {
@@ -265,12 +269,7 @@ class Trainer:
                 "config": self._identity.config,
                 "model": self._identity.model,
                 "parameters": self.model.num_parameters(),
-                "data": {
-                    "train_tokens": text.train.num_tokens,
-                    "train_bytes": text.train.num_bytes,
-                    "valid_tokens": None if text.valid is None else text.valid.num_tokens,
-                    **self._identity.data,
-                },
+                "data": {**self._text.describe(), **self._identity.data},
                 "backend": self._backend.name,
                 "device": str(self._backend.device),
                 "threads": torch.get_num_threads(),

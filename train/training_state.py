@@ -31,11 +31,12 @@ FREE_KEYS = frozenset(
         *("out", "resume", "device", "accumulation", "gradient_checkpointing", "keep", "log_every"),
         *("eval_every", "eval_batches", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every"),
         *("data.train", "data.valid", "data.tokenizer", "data.cache", "steps", "model"),
+        *("data.stream", "data.shuffle_buffer", "data.carried", "data.prefetch"),
     }
 )
 """Configuration keys that may differ on resume: they do not say which run it is. (``model`` is compared in
-its resolved form, text and tokenizer by their fingerprints, because a file may move; ``steps`` may be changed
-to make a run longer or shorter.)"""
+its resolved form, text, its options and the tokenizer by their fingerprints, because a file may move;
+``steps`` may be changed to make a run longer or shorter.)"""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,7 @@ class Progress:
         train_loss: mean nats per token at the last log line, or None.
         avoid: first samples of the batches that are passed over, because a loss or gradient of theirs was not
             finite.
+        data: where the text is read on (see :meth:`spikelm.data.samples.Samples.state`).
     """
 
     step: int = 0
@@ -72,6 +74,7 @@ class Progress:
     sampled: int = -1
     train_loss: float | None = None
     avoid: list[int] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,9 @@ class Identity:
         mine, theirs = self._flat(), other._flat()
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
-                found.append(f"{key} is {theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now")
+                carried = key == "batch_size" and self.data.get("data.carried")
+                why = ", and every lane of a carried run keeps a state of its own" if carried else ""
+                found.append(f"{key} is {theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now{why}")
         return found
 
     def _flat(self) -> dict[str, Any]:
