@@ -58,6 +58,7 @@ class StepOutcome:
         seconds: time of this rank.
         report: of the optimiser; None when the loss was not finite.
         bad: why no update was made, or None.
+        data_seconds: part of ``seconds`` in which this rank waited for its samples.
     """
 
     nats: float
@@ -67,6 +68,7 @@ class StepOutcome:
     seconds: float
     report: StepReport | None
     bad: BadStep | None
+    data_seconds: float = 0.0
 
 
 class StepRunner:
@@ -113,6 +115,7 @@ class StepRunner:
             ranks.rank,
             ranks.world_size,
         )
+        waited = time.perf_counter() - started
         mine = sum(batch.count for batch in batches)
         total, nbytes = (int(v) for v in ranks.totals(mine, sum(batch.nbytes for batch in batches)))
         if total == 0:
@@ -165,6 +168,7 @@ class StepRunner:
             seconds=time.perf_counter() - started,
             report=report,
             bad=bad,
+            data_seconds=waited,
         )
 
     def learning_rate(self, step: int) -> float:
