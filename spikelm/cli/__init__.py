@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
         summary="Train a small spiking model and its twin, measure both, let them write.",
     ),
     "train": Command(target="spikelm.cli.train:train", summary="Pretrain a model from a configuration."),
+    "plot": Command(target="spikelm.cli.plot:plot", summary="Draw and sum up training runs from their logs."),
     "eval": Command(
         target="spikelm.cli.evaluate:evaluate",
         summary="Measure a checkpoint: bits per byte, perplexity, spike rates.",
