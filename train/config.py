@@ -143,7 +143,7 @@ class LossSpikeConfig(Section):
     """
 
     window: Annotated[int, Field(ge=10)] = 100
-    threshold: Rate = 8.0
+    threshold: Rate = 6.0
     action: Literal["warn", "stop", "rollback", "off"] = "warn"
 
     @field_validator("action", mode="before")

@@ -250,7 +250,7 @@ class Trainer:
             kept = self.store.steps()
             rest = f"{self.store.path(kept[-1])} is intact" if kept else "no checkpoint was written yet"
             again = "in a row" if self._bad_in_a_row == times else f"since step {self._returned_to}"
-            many = f" for the {times}th time {again}" if policy != "stop" else ""
+            many = f" ({times} times {again})" if policy != "stop" else ""
             when = "after" if updated else "before"
             message = (
                 f"{words}{many}: stopped {when} the update; {rest}; lower optim.lr or look at these samples"
