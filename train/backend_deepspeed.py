@@ -78,6 +78,7 @@ class DeepSpeedBackend(Backend):
             ) from error
         self._passes = 0
         """Backward passes since the last step."""
+        self._linked = False
 
     def loss(
         self, inputs: Tensor, targets: Tensor, state: State | None, ctx: Context, *, last: bool = True
@@ -162,6 +163,7 @@ class DeepSpeedBackend(Backend):
                 yield MODEL + name, whole
         if not self._has_memory():
             return
+        self._link()
         step = self._step_count()
         for group in self._groups:
             for name in group["names"]:
@@ -195,17 +197,18 @@ class DeepSpeedBackend(Backend):
             return
         if self.stage > 0 and not self._has_memory():
             self._make_memory()
+        self._link()
         for name, parameter in self._parameters:
             self._set_memory(name, parameter, read)
 
     def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        from deepspeed import zero
         from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         on_device = value.to(self.device, torch.float32)
         with torch.no_grad():
             if self.stage == 3:
-                with GatheredParameters([parameter], modifier_rank=0):
+                with zero.GatheredParameters([parameter], modifier_rank=0):
                     if self.ranks.main:
                         parameter.data.copy_(on_device)
             else:
@@ -248,6 +251,18 @@ class DeepSpeedBackend(Backend):
         self._watch.forget()
         if not self._engine.was_step_applied():
             raise TrainingError("DeepSpeed did not take the empty step that makes room for its memory")
+
+    def _link(self) -> None:
+        """Have ZeRO 1 and 2 find the moments of every parameter group.
+
+        They look once, after the first group's first update, when the moments of the others do not exist yet
+        (seen in DeepSpeed 0.19.8).
+        """
+        zero = self._engine.optimizer
+        if self.stage in (1, 2) and not self._linked and hasattr(zero, "_hp_optimizer_states_linked"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     def _inner(self) -> Any:
         """The optimiser inside ZeRO's."""
@@ -312,6 +327,12 @@ def _optimizer(model: SpikeLM, config: TrainConfig, offloaded: bool) -> torch.op
     return chosen
 
 
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Drop what the trainer says better (a refused step) and what is no news (the class of the loss)."""
+    text = record.getMessage()
+    return "OVERFLOW!" not in text and "unknown inputs or outputs type" not in text
+
+
 def _library(ranks: Ranks, device: torch.device) -> Any:
     """The deepspeed module, meeting the ranks that met already.
 
@@ -327,6 +348,7 @@ def _library(ranks: Ranks, device: torch.device) -> Any:
             f"backend deepspeed needs DeepSpeed ({error}); install it with pip install 'spikelm[train]'"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.addFilter(_worth_telling)
     # Its calls have newer names in torch; each of them would be told to the user.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     if device.type == "cpu":

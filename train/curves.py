@@ -133,11 +133,11 @@ class RunCurves:
         names, rates = self.layers()
         return {
             **self.summary(),
-            "curves": {key: [line.get(key) for line in self.steps] for key in keys},
+            "curves": {key: _finite(self.series(key)) for key in keys},
             "held_out": {
-                key: [line.get(key) for line in self.evaluations] for key in ("step", "loss", "bits_per_byte")
+                key: _finite(self.series(key, self.evaluations)) for key in ("step", "loss", "bits_per_byte")
             },
-            "spike_rate_of_layers": dict(zip(names, rates.tolist(), strict=True)),
+            "spike_rate_of_layers": {name: _finite(row) for name, row in zip(names, rates, strict=True)},
         }
 
 
@@ -151,6 +151,10 @@ def _number(value: Any) -> float:
 
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _finite(values: np.ndarray) -> list[float | None]:
+    return [_or_none(value) for value in values.tolist()]
 
 
 def _median(values: np.ndarray) -> float | None:

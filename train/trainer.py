@@ -99,6 +99,8 @@ class Trainer:
             data=self._text.fingerprint(),
         )
         self._state = Progress()
+        self._interrupted: str | None = None
+        """Name of the signal that ends the run on all ranks."""
         self._title = title
         self._warnings = SpikeWarnings()
         self._runner = StepRunner(config, self._backend, self._text.train)
@@ -136,7 +138,7 @@ class Trainer:
                 StopSignals() as stop,
                 self._open_bar(self._title, config.steps * tokens, "tokens", state.step * tokens) as bar,
             ):
-                self._stop = stop
+                self._stop, self._interrupted = stop, None
                 if self._trackers.information is not None:
                     bar.say(self._trackers.information)
                 self._pass_on(bar)
@@ -145,6 +147,7 @@ class Trainer:
                     bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
                     if self._periodic.work(state, bar, self._stopped):
                         self._saving.save(state)
+                saved = state.step
                 while self._state.step < config.steps and not self._stopped():
                     before = self._state.step
                     self._train_step(bar)
@@ -155,9 +158,12 @@ class Trainer:
                     self._periodic.work(self._state, bar, self._stopped)
                     if self._saving.due(self._state.step, self._stopped()):
                         self._saving.save(self._state)
-                interrupted = self._received()
+                        saved = self._state.step
+                interrupted = self._interrupted
                 if interrupted is not None:
                     step = self._state.step
+                    if saved != step:  # the signal came after it was asked whether to save
+                        self._saving.save(self._state)
                     bar.say(f"{interrupted}: stopped after step {step}; the same command continues")
                     self.log.write("interrupted", {"step": step, "signal": interrupted})
                 self._trackers.close()
@@ -184,7 +190,7 @@ class Trainer:
         spike = self._loss_spikes.see(state, self.config.batch_size, loss, norm)
         spike = self._loss_spikes.agreed(spike, self.ranks)
         action = self.config.loss_spike.action
-        if spike is not None and action == "rollback" and self.store.steps():
+        if spike is not None and action == "rollback" and self._newest() >= 0:
             self._refuse(spike.bad_step(), bar, "rollback", updated=True)
             return
         lr = self._runner.learning_rate(state.step)
@@ -232,7 +238,7 @@ class Trainer:
         words = in_words(bad, at, config.accumulation, self.ranks.world_size)
         self._bad_in_a_row += 1
         if policy == "rollback":
-            newest = (self.store.steps() or [-1])[-1]
+            newest = self._newest()
             self._returns = self._returns + 1 if newest == self._returned_to else 1
             self._returned_to = newest
         times = max(self._bad_in_a_row, self._returns)
@@ -279,16 +285,19 @@ class Trainer:
             self._warn(bar, message)
         bar.say(f"warning: {words}: back to step {before.step}, its batch will be passed over")
 
+    def _newest(self) -> int:
+        """Step of the newest checkpoint as rank 0 sees it, or -1: a rank may look while another writes."""
+        return int(self.ranks.broadcast((self.store.steps() or [-1])[-1]))
+
     # --- stopping -------------------------------------------------------------------------------------------
 
     def _stopped(self) -> bool:
-        """Whether some rank was told to stop; asked by all of them together."""
-        return self.ranks.any(self._stop.received is not None)
-
-    def _received(self) -> str | None:
-        """The signal that some rank got (the first by name), the same on every rank."""
-        got = self.ranks.totals(*[float(self._stop.received == name) for name in SIGNALS])
-        return next((name for name, count in zip(SIGNALS, got, strict=True) if count), None)
+        """Whether some rank was told to stop; asked by all of them together, answered alike."""
+        if self._interrupted is None:
+            got = self.ranks.totals(*[float(self._stop.received == name) for name in SIGNALS])
+            told = (name for name, count in zip(SIGNALS, got, strict=True) if count)
+            self._interrupted = next(told, None)
+        return self._interrupted is not None
 
     # --- start and end --------------------------------------------------------------------------------------
 

