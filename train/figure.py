@@ -35,9 +35,12 @@ def draw_runs(runs: Sequence[RunCurves], path: str | Path, axis: str = "tokens")
     figure = pyplot.figure(figsize=(12, 3.2 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
     loss, rate, norm, speed = (figure.add_subplot(grid[i // 2, i % 2]) for i in range(4))
+    # Tokens whose bytes are not known have no bits per byte.
+    in_bytes = all(np.isfinite(run.series("bits_per_byte")).any() for run in runs)
+    key = "bits_per_byte" if in_bytes else "loss"
     for index, run in enumerate(runs):
-        _draw_run(run, axis, _COLOURS[index % len(_COLOURS)], loss, rate, norm, speed)
-    loss.set_ylabel("bits per byte (dots: held out)")
+        _draw_run(run, axis, key, _COLOURS[index % len(_COLOURS)], loss, rate, norm, speed)
+    loss.set_ylabel("bits per byte (dots: held out)" if in_bytes else "nats per token (dots: held out)")
     rate.set_ylabel("learning rate")
     norm.set_ylabel("gradient norm before clipping")
     norm.set_yscale("log")
@@ -63,11 +66,13 @@ def draw_runs(runs: Sequence[RunCurves], path: str | Path, axis: str = "tokens")
     return target
 
 
-def _draw_run(run: RunCurves, axis: str, colour: str, loss: Any, rate: Any, norm: Any, speed: Any) -> None:
+def _draw_run(
+    run: RunCurves, axis: str, key: str, colour: str, loss: Any, rate: Any, norm: Any, speed: Any
+) -> None:
     x = run.x(axis)
-    loss.plot(x, run.series("bits_per_byte"), color=colour, linewidth=1.2, label=run.name)
+    loss.plot(x, run.series(key), color=colour, linewidth=1.2, label=run.name)
     if run.evaluations:
-        held_out = run.series("bits_per_byte", run.evaluations)
+        held_out = run.series(key, run.evaluations)
         loss.plot(run.x(axis, run.evaluations), held_out, "o", color=colour, markersize=4)
     for line in [*run.of("loss_spike"), *run.of("bad_step")]:
         loss.axvline(run.x(axis, [line])[0], color=colour, linestyle=":", linewidth=0.8)
