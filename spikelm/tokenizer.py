@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, any Hugging Face ``tokenizer.json``, or a byte-level BPE trained here.
+"""Tokenizers: bytes, characters, any Hugging Face ``tokenizer.json``, or a byte-level BPE trained here.
 
 One class over the ``tokenizers`` library, which is imported only when needed: the byte tokenizer runs on
 numpy alone. What the rest of the package relies on:
@@ -16,6 +16,7 @@ import builtins
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -162,6 +163,39 @@ class Tokenizer:
         core.train_from_iterator((part for text in texts for part in split_lines(checked(text))), trainer)
         return cls(json.loads(core.to_str()), where="the trained tokenizer")
 
+    @classmethod
+    def characters(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int | None = None,
+        *,
+        special_tokens: Sequence[str] = (),
+        min_frequency: int = 1,
+    ) -> Tokenizer:
+        """A tokenizer of characters: one token each, and the UTF-8 bytes of those that have none.
+
+        Nothing is unknown, so every text comes back as it was. All of ASCII and 128 bytes are always there.
+
+        Args:
+            texts: where the characters are counted.
+            vocab_size: tokens at most, special ones included: the most frequent characters stay. None: all.
+            special_tokens: take the first ids.
+            min_frequency: characters seen less often have no token.
+
+        Raises:
+            DataError: ``vocab_size`` leaves no room for ASCII and the bytes, or the special tokens repeat.
+        """
+        cls.check_training(256 + len(special_tokens) if vocab_size is None else vocab_size, special_tokens)
+        seen: Counter[str] = Counter()
+        for text in texts:
+            seen.update(checked(text))
+        wanted = (char for char, count in seen.items() if ord(char) >= 128 and count >= min_frequency)
+        ordered = sorted(wanted, key=lambda char: (-seen[char], char))
+        if vocab_size is not None:
+            ordered = ordered[: vocab_size - 256 - len(special_tokens)]
+        spec = vocabulary.character_spec(ordered, special_tokens)
+        return cls(spec, where="the character tokenizer")
+
     @staticmethod
     def check_training(vocab_size: int, special_tokens: Sequence[str]) -> None:
         """Raise :class:`DataError` where :meth:`train_bpe` would, before any text is read."""
@@ -262,7 +296,7 @@ class Tokenizer:
 
     @property
     def is_byte_level(self) -> bool:
-        """True when every token is a fixed string of bytes (GPT-2's scheme), as for all trained here."""
+        """True when every token is a fixed string of bytes (GPT-2's scheme, or characters): all made here."""
         return vocabulary.is_byte_level(self._spec)
 
     @cached_property

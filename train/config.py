@@ -160,6 +160,9 @@ class TrainConfig(Section):
         model: a preset, a file, or a mapping: either a complete model configuration or ``preset: NAME`` with
             values that replace the preset's; ``twin: true`` turns every neuron off. Without an own
             ``vocab_size`` the model takes the tokenizer's.
+        init_from: checkpoint folder whose weights (and nothing else) the run starts from. The model is then
+            the checkpoint's; ``model`` may hold single values that replace its, as ``{dropout: 0.1}``. The
+            tokenizer must be the checkpoint's, and is where ``data.tokenizer`` names none.
         data, optim, schedule: see the sections.
         steps: optimiser steps.
         batch_size: samples of one optimiser step, whatever the accumulation.
@@ -194,6 +197,7 @@ class TrainConfig(Section):
     """
 
     model: str | dict[str, Any]
+    init_from: str | None = None
     data: DataConfig
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -238,9 +242,28 @@ class TrainConfig(Section):
                 raise ValueError(nearest("tracker", name, ["auto", *TRACKERS]))
         return list(dict.fromkeys(names))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_checkpoint(cls, values: Any) -> Any:
+        """With ``init_from``, model and tokenizer are the checkpoint's unless said otherwise."""
+        if not isinstance(values, Mapping) or not isinstance(folder := values.get("init_from"), str):
+            return values
+        data = values.get("data")
+        if isinstance(data, Mapping) and data.get("tokenizer") is None:
+            latest = Path(folder) / "latest"
+            data = {**data, "tokenizer": str(latest if latest.is_dir() else folder)}
+        model = values.get("model")
+        return {**values, "model": {} if model is None else model, "data": data}
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        """Sizes that contradict one another."""
+        """Sizes that contradict one another, and two models."""
+        named = isinstance(self.model, str) or "preset" in self.model
+        if self.init_from is not None and named:
+            raise ValueError(
+                f"init_from is {self.init_from!r} and brings its model; leave model out, or give single "
+                "values that replace the checkpoint's, for example model.dropout=0.1"
+            )
         if self.accumulation > self.batch_size:
             raise ValueError(
                 f"accumulation is {self.accumulation} and batch_size {self.batch_size}; "

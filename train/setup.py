@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spikelm.config import ModelConfig
-from spikelm.errors import ConfigError
+from spikelm.errors import ConfigError, DataError
 from spikelm.model import SpikeLM
 from spikelm.train.reporting import ProgressFactory, silent_progress
 
@@ -67,12 +67,15 @@ def load_text(config: DataConfig, progress: ProgressFactory = silent_progress) -
     return Text(tokenizer=tokenizer, train=blocks(config.train), valid=valid)
 
 
-def model_config(model: str | Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfig:
+def model_config(
+    model: str | Mapping[str, Any], tokenizer: Tokenizer, start: ModelConfig | None = None
+) -> ModelConfig:
     """The model of a training configuration.
 
     Args:
         model: preset, file, or mapping (see :class:`spikelm.train.config.TrainConfig`).
         tokenizer: gives vocabulary size and special tokens where the configuration does not.
+        start: the model of the checkpoint whose weights are taken; ``model`` replaces values of it.
 
     Raises:
         ConfigError: the model is not valid, or its vocabulary is smaller than the tokenizer's.
@@ -81,6 +84,9 @@ def model_config(model: str | Mapping[str, Any], tokenizer: Tokenizer) -> ModelC
     preset, twin = own.pop("preset", None), own.pop("twin", False)
     if not isinstance(twin, bool):
         raise ConfigError(f"model.twin is {twin!r}; expected true or false")
+    if start is not None:
+        merged = ModelConfig.from_dict(_merge(start.to_dict(), own))
+        return merged.twin() if twin else merged
     base = {} if preset is None else ModelConfig.from_yaml(preset).to_dict()
     from_tokenizer = {
         "vocab_size": tokenizer.vocab_size,
@@ -98,10 +104,49 @@ def model_config(model: str | Mapping[str, Any], tokenizer: Tokenizer) -> ModelC
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> SpikeLM:
-    """The model with the initial weights of the run's seed."""
-    resolved = model_config(config.model, tokenizer)
+    """The model with the initial weights of the run's seed, or with those of ``init_from``.
+
+    Raises:
+        ConfigError: the model is not valid.
+        CheckpointError: the checkpoint of ``init_from`` is missing, damaged, or of another shape.
+        DataError: its tokenizer is another one.
+    """
+    if config.init_from is None:
+        resolved = model_config(config.model, tokenizer)
+        torch.manual_seed(config.seed)
+        return SpikeLM(resolved)
+    return _from_checkpoint(config, config.init_from, tokenizer)
+
+
+def _from_checkpoint(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> SpikeLM:
+    """The checkpoint's model with its weights in float32."""
+    from spikelm.checkpoint import check_weights, load_tokenizer, read_config, read_weights
+
+    start = read_config(folder)
+    try:
+        own = load_tokenizer(folder)
+    except DataError:  # converted weights may have none, and then there is nothing to compare
+        own = None
+    if own is not None and own.sha256 != tokenizer.sha256:
+        raise DataError(
+            f"data.tokenizer is {config.data.tokenizer} with {tokenizer.vocab_size} tokens, and init_from "
+            f"{folder} was trained with another one of {own.vocab_size}; leave data.tokenizer out to take "
+            "the checkpoint's"
+        )
+    if tokenizer.vocab_size > start.vocab_size:
+        raise DataError(
+            f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens and the model of "
+            f"init_from {folder} only {start.vocab_size}; use the tokenizer it was trained with"
+        )
+    resolved = model_config(config.model, tokenizer, start)
     torch.manual_seed(config.seed)
-    return SpikeLM(resolved)
+    model = SpikeLM(resolved)
+    weights = read_weights(folder)
+    if start.tie_word_embeddings and "embedding.weight" in weights:
+        weights["head.linear.weight"] = weights["embedding.weight"]
+    check_weights(model, weights, folder)
+    model.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()})
+    return model
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(target="spikelm.cli.train:train", summary="Pretrain a model from a configuration."),
     "plot": Command(target="spikelm.cli.plot:plot", summary="Draw and sum up training runs from their logs."),
+    "finetune": Command(
+        target="spikelm.cli.finetune:finetune",
+        summary="Make a text classifier of a checkpoint, or train one from scratch.",
+    ),
     "eval": Command(
         target="spikelm.cli.evaluate:evaluate",
         summary="Measure a checkpoint: bits per byte, perplexity, spike rates.",
@@ -53,6 +57,10 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         target="spikelm.cli.inspect:inspect",
         summary="Show a model's parameters, state and parts, without loading its weights.",
+    ),
+    "plan": Command(
+        target="spikelm.cli.plan:plan",
+        summary="Tell what recipes cost: parameters, tokens, FLOPs, hours, disk.",
     ),
     "doctor": Command(
         target="spikelm.cli.doctor:doctor",
