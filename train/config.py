@@ -19,6 +19,7 @@ from pydantic import (
     PlainValidator,
     Strict,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -35,6 +36,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 PUBLISHED_ADAM = {"betas": (0.9, 0.99), "eps": 4e-9, "weight_decay": 0.0}
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -160,6 +162,27 @@ class ScheduleConfig(Section):
     decay: Share = 0.2
 
 
+class LossSpikeConfig(Section):
+    """When a loss or gradient norm is called a spike (see :mod:`spikelm.train.loss_spikes`), and then what.
+
+    Attributes:
+        window: steps that say what is ordinary; nothing is called a spike before half of them are done.
+        threshold: robust standard deviations above the median.
+        action: ``warn``; ``stop``; ``rollback`` (go back to the newest checkpoint and pass over the batch);
+            ``off``.
+    """
+
+    window: Annotated[int, Field(ge=10)] = 100
+    threshold: Rate = 6.0
+    action: Literal["warn", "stop", "rollback", "off"] = "warn"
+
+    @field_validator("action", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML reads a bare ``off`` as false."""
+        return "off" if value is False else value
+
+
 class TrainConfig(Section):
     """A whole run.
 
@@ -190,7 +213,13 @@ class TrainConfig(Section):
         timeout: seconds that ranks wait for one another before the run ends with an error.
         on_bad_step: what happens when a loss or gradient is not finite, always before the update: ``stop``,
             ``skip`` (pass over the batch) or ``rollback`` (also go back to the newest checkpoint).
-        bad_step_limit: bad steps in a row after which a run stops whatever the policy.
+        bad_step_limit: bad steps in a row, or returns to the same checkpoint, after which a run stops
+            whatever the policy.
+        loss_spike: what a jump of the loss or gradient norm is, and what happens then.
+        trackers: where curves go beside the log: ``auto`` (TensorBoard where it is installed), a list of
+            ``tensorboard``, ``wandb`` and ``trackio``, or ``[]``.
+        measure_mfu: measure the peak of this machine at the start (under a second), and log the share of it
+            that the run uses.
         l2wrap: factor of the L2Wrap gradient (1e-4 as SpikeGPT published, 0 for none).
         gradient_checkpointing: recompute blocks in backward to save memory.
         out: folder of the run.
@@ -221,10 +250,27 @@ class TrainConfig(Section):
     timeout: Annotated[float, Field(ge=1.0)] = 600.0
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     bad_step_limit: Positive = 10
+    loss_spike: LossSpikeConfig = LossSpikeConfig()
+    trackers: Literal["auto"] | list[str] = "auto"
+    measure_mfu: bool = True
     l2wrap: Weight = 0.0
     gradient_checkpointing: bool = False
     out: str = "runs/train"
     resume: bool = True
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        """One name may stand without brackets; unknown ones are told with those that exist."""
+        names = [value] if isinstance(value, str) and value != "auto" else value
+        if names == "auto":
+            return names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{value!r} is no list of names; expected auto, [], or some of {list(TRACKERS)}")
+        for name in names:
+            if name not in TRACKERS:
+                raise ValueError(nearest("tracker", name, ["auto", *TRACKERS]))
+        return list(dict.fromkeys(names))
 
     @model_validator(mode="before")
     @classmethod

@@ -59,6 +59,7 @@ class StepOutcome:
         seconds: time of this rank.
         report: of the optimiser; None when the loss was not finite.
         bad: why no update was made, or None.
+        data_seconds: part of ``seconds`` in which this rank waited for its samples.
     """
 
     nats: float
@@ -68,6 +69,7 @@ class StepOutcome:
     seconds: float
     report: StepReport | None
     bad: BadStep | None
+    data_seconds: float = 0.0
 
 
 class StepRunner:
@@ -107,6 +109,7 @@ class StepRunner:
         ranks = backend.ranks
         started = time.perf_counter()
         batches = self._prefetch.take(first)
+        waited = time.perf_counter() - started
         mine = sum(batch.count for batch in batches)
         total, nbytes = (int(v) for v in ranks.totals(mine, sum(batch.nbytes for batch in batches)))
         if total == 0:
@@ -159,6 +162,7 @@ class StepRunner:
             seconds=time.perf_counter() - started,
             report=report,
             bad=bad,
+            data_seconds=waited,
         )
 
     def position(self, first: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ FORMAT = 1
 FREE_KEYS = frozenset(
     {
         *("backend", "deepspeed", "timeout", "on_bad_step", "bad_step_limit"),
+        *("loss_spike", "trackers", "measure_mfu"),
         *("out", "resume", "device", "accumulation", "gradient_checkpointing", "keep", "log_every"),
         *("eval_every", "eval_batches", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every"),
         *("data.train", "data.valid", "data.tokenizer", "data.cache", "steps", "model"),
@@ -50,7 +51,8 @@ class Progress:
         seconds: time spent in training steps, over all resumes.
         nats, count, nbytes, aux: sums since the last log line (nats, counted tokens, their UTF-8 bytes,
             auxiliary losses), so that a resumed run logs the same means.
-        interval: steps since the last log line.
+        interval, clipped: steps since the last log line, and those whose gradient was clipped.
+        recent: what the detector of loss spikes remembers (:class:`spikelm.train.loss_spikes.Recent`).
         evaluated: step of the last evaluation (-1: none).
         evaluation: the last evaluation as JSON values, or None.
         sampled: step of the last written sample (-1: none).
@@ -69,6 +71,8 @@ class Progress:
     nbytes: int = 0
     aux: float = 0.0
     interval: int = 0
+    clipped: int = 0
+    recent: dict[str, Any] = field(default_factory=dict)
     evaluated: int = -1
     evaluation: dict[str, Any] | None = None
     sampled: int = -1

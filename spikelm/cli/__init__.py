@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
         summary="Train a small spiking model and its twin, measure both, let them write.",
     ),
     "train": Command(target="spikelm.cli.train:train", summary="Pretrain a model from a configuration."),
+    "plot": Command(target="spikelm.cli.plot:plot", summary="Draw and sum up training runs from their logs."),
     "finetune": Command(
         target="spikelm.cli.finetune:finetune",
         summary="Make a text classifier of a checkpoint, or train one from scratch.",

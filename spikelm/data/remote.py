@@ -91,7 +91,7 @@ def file_system(url: str) -> tuple[Any, str]:
     Raises:
         DataError: the scheme is unknown or its package is not installed.
     """
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     try:
         system, path = fsspec.core.url_to_fs(url)

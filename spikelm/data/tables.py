@@ -50,8 +50,8 @@ class Table(Source):
 
     def fields(self) -> dict[str, str]:
         """See :class:`Source`."""
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
 
         with self._local() as local:
             try:

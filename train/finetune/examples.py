@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikelm.data.compressed import decode_utf8, plain_suffix, read_bytes
-from spikelm.data.source import JSONL_SUFFIXES
+from spikelm.data.files import JSONL_SUFFIXES
 from spikelm.errors import DataError, nearest
 from spikelm.train.finetune.config import FOLDS
 
