@@ -74,7 +74,9 @@ class Saving:
             memory = dict(backend.tensors(lambda name, nbytes: not name.startswith(MODEL)))
             write_tensors(folder, {**memory, **self._runner.lane_tensors(), **random_tensors(backend.device)})
 
-        self._store.save(Record(progress=progress, identity=self._identity), write)
+        if self._backend.ranks.main:
+            self._store.save(Record(progress=progress, identity=self._identity), write)
+        self._backend.ranks.barrier()
 
     def resume(self, warn: Callable[[str], None]) -> Progress | None:
         """Restore the newest usable checkpoint; where it was made, or None for a new run.
