@@ -93,9 +93,9 @@ CALM = {"steps": 60, "optim__lr": 2e-3, "model__dropout": 0.0, "eval_every": 0, 
 
 def corrupt(trainer: Trainer, sample: int) -> None:
     """The samples of one step are damaged: their targets become bytes that the text never has."""
-    from spikelm.train import step
+    from spikelm.train import prefetch
 
-    original = step.micro_batches
+    original = prefetch.micro_batches
 
     def micro_batches(blocks: Any, seed: int, first: int, *rest: Any) -> Any:
         pieces = original(blocks, seed, first, *rest)
@@ -104,15 +104,15 @@ def corrupt(trainer: Trainer, sample: int) -> None:
                 piece.targets.copy_(128 + torch.arange(piece.targets.numel()).view_as(piece.targets) % 100)
         return pieces
 
-    step.micro_batches = micro_batches  # type: ignore[assignment]
+    prefetch.micro_batches = micro_batches  # type: ignore[assignment]
 
 
 @pytest.fixture
 def _whole_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """What :func:`corrupt` changes is put back."""
-    from spikelm.train import step
+    from spikelm.train import prefetch
 
-    monkeypatch.setattr(step, "micro_batches", step.micro_batches)
+    monkeypatch.setattr(prefetch, "micro_batches", prefetch.micro_batches)
 
 
 def trainer(values: dict[str, Any]) -> Trainer:
