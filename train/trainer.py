@@ -87,7 +87,7 @@ class Trainer:
         self.model = self._backend.model
         self.out = Path(config.out)
         self.log = RunLog(self.out / "log.jsonl", silent=not self.ranks.main)
-        self.store = CheckpointStore(self.out, config.keep)
+        self.store = CheckpointStore(self.out, config.keep, config.milestone_every, config.keep_best)
         self._identity = Identity(
             config=config.model_dump(mode="json"),
             model=self.model.config.to_dict(),
@@ -101,7 +101,16 @@ class Trainer:
         self._periodic = Periodic(
             config, self._backend, self._text.valid, self.tokenizer, self.log, self._warnings, self._warn
         )
-        self._saving = Saving(config, self.store, self._backend, self._runner, self.tokenizer, self._identity)
+        self._saving = Saving(
+            config,
+            self.store,
+            self._backend,
+            self._runner,
+            self.tokenizer,
+            self._identity,
+            self.log,
+            self._warn,
+        )
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint of the run's folder, or from the start, to the last step.
@@ -119,8 +128,8 @@ class Trainer:
         # What a refused step of an earlier call left behind.
         self._backend.clear_gradients()
         self._metrics.restart()
-        self._bad_in_a_row = 0
-        with self.store.held(self.ranks.main):
+        self._bad_in_a_row, self._bad_step = 0, 0
+        with self.store.held(self.ranks), self._saving:
             messages: list[str] = []
             resumed = self._resume(messages)
             self._header()
@@ -136,16 +145,18 @@ class Trainer:
                 if state.step > 0:
                     bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
                     if self._periodic.work(state, bar, self._stopped):
-                        self._saving.save(state)
+                        self._saving.save(state, bar)
                 while self._state.step < config.steps and not self._stopped():
                     before = self._state.step
                     self._train_step(bar)
+                    self._saving.check(bar)
                     if self._state.step <= before:
                         continue
                     bar.advance(tokens)
                     self._periodic.work(self._state, bar, self._stopped)
-                    if self._saving.due(self._state.step, self._stopped()):
-                        self._saving.save(self._state)
+                    if self._saving.due(self._state, self._stopped()):
+                        self._saving.save(self._state, bar)
+                self._saving.finish(bar)
                 interrupted = self._received()
                 if interrupted is not None:
                     step = self._state.step
@@ -167,7 +178,9 @@ class Trainer:
         if outcome.bad is not None:
             self._refuse(outcome.bad, bar)
             return
-        self._bad_in_a_row = 0
+        if state.step + 1 >= self._bad_step:
+            # Steps that are done again after a roll-back do not make up for a bad one.
+            self._bad_in_a_row = 0
         lr = self._runner.learning_rate(state.step)
         self._metrics.count(state, outcome, lr, meter, bar)
 
@@ -182,6 +195,9 @@ class Trainer:
         at = state.step + 1
         words = in_words(bad, at, config.accumulation, self.ranks.world_size)
         self._bad_in_a_row += 1
+        self._bad_step = max(self._bad_step, at)
+        # What is said below about checkpoints, and what is rolled back to, should not be half written.
+        self._saving.finish(bar)
         policy = config.on_bad_step
         event = {
             "at": at,
@@ -209,7 +225,7 @@ class Trainer:
             bar.say(f"warning: {words}: not updated, its batch is passed over")
             return
         messages: list[str] = []
-        before = self._saving.roll_back(messages.append)
+        before = self._saving.roll_back(bar, messages.append)
         if before is None:
             raise TrainingError(
                 f"{words}: stopped before the update, because there is no checkpoint to roll back to yet; "
