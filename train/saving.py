@@ -67,7 +67,7 @@ class Saving:
         self._snapshot = Snapshot(backend.ranks)
         self._write: Write | None = None
         self._blocked = self._waited = 0.0
-        self._overlaps = 0
+        self._overlaps, self._told = 0, False
 
     def __enter__(self) -> Saving:
         return self
@@ -164,12 +164,13 @@ class Saving:
             return
         self._overlaps += 1
         self.finish(bar)
-        if self._overlaps == 1:
+        seconds = time.perf_counter() - started
+        if seconds > 1.0 and not self._told:
+            self._told = True
             self._warn(
                 bar,
                 f"the checkpoint of step {write.step} was still being written when the next one was due, and "
-                f"training waited {time.perf_counter() - started:.1f} s; a larger checkpoint_every or a "
-                "faster disk avoids that",
+                f"training waited {seconds:.1f} s; a larger checkpoint_every or a faster disk avoids that",
             )
 
     def _settle(self, write: Write) -> None:
