@@ -263,8 +263,7 @@ class Saving:
             raise CheckpointError(f"{out} has done {step} steps, more than steps={config.steps}; raise steps")
         self._restore(folder)
         # Only a run that is certainly this one may move or remove checkpoints.
-        self._adopt(record, warn)
-        return replace(record.progress)
+        return self._adopted(record, warn)
 
     def roll_back(self, bar: Bar, warn: Callable[[str], None]) -> Progress | None:
         """Restore the newest usable checkpoint of this very run, or None where there is none yet.
@@ -278,18 +277,24 @@ class Saving:
             return None
         folder, record = found
         self._restore(folder)
-        self._adopt(record, warn)
-        return replace(record.progress)
+        return self._adopted(record, warn)
 
-    def _adopt(self, record: Record, warn: Callable[[str], None]) -> None:
-        ranks, problem = self._backend.ranks, None
+    def _adopted(self, record: Record, warn: Callable[[str], None]) -> Progress:
+        """Where the run goes on once the checkpoint of ``record`` is the newest one."""
+        ranks, problem, kept = self._backend.ranks, "", True
         if ranks.main:
             try:
                 self._store.adopt(record, warn)
+                kept = record.progress.best_step in self._store.steps()
             except TrainingError as error:
                 problem = str(error)
-        if problem := ranks.broadcast(problem):
+        problem, kept = ranks.broadcast([problem, kept])
+        if problem:
             raise TrainingError(problem)
+        if self._config.keep_best and not kept:
+            # The best checkpoint is gone or was never kept, so the next evaluation is the best there is.
+            return replace(record.progress, best=None, best_step=-1)
+        return replace(record.progress)
 
     def _restore(self, folder: Path) -> None:
         stored = StoredTensors(folder)

@@ -47,6 +47,10 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(
         target="spikelm.cli.generate:generate", summary="Let a checkpoint continue a prompt."
     ),
+    "export": Command(
+        target="spikelm.cli.export:export",
+        summary="Copy a checkpoint for others: model, tokenizer and card in the Hugging Face layout.",
+    ),
     "convert": Command(target="spikelm.cli.convert:app", summary="Turn published weights into a checkpoint."),
     "tokenizer": Command(target="spikelm.cli.tokenizer:app", summary="Train and look at tokenizers."),
     "inspect": Command(

@@ -49,7 +49,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     def job(name: str, fault: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
         values = make(**{"out": str(folder / name), **STEADY, **changes})
-        return {"values": values, **({} if fault is None else {"fault": fault})}
+        return {"values": values, "faults": [] if fault is None else [fault]}
 
     size = 3000
     bad = {"rank": 1, "samples": [26]}  # of step 7: rank 1 has the samples 26 and 27 of 24 to 27

@@ -2,7 +2,7 @@
 
     python workers.py JOBS.json
 
-Each job is {"values": training configuration, "told": path, "fault": {...} or absent}; a rank writes what it
+Each job is {"values": training configuration, "told": path, "faults": [...] or absent}; a rank writes what it
 saw to told.RANK. One launch does as many jobs as it can, because a launch costs seconds of imports.
 """
 
@@ -133,8 +133,8 @@ def main(file: str) -> None:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
             trainer = Trainer(TrainConfig.from_dict(job["values"]), ranks=ranks)
-            if "fault" in job:
-                break_trainer(trainer, job["fault"])
+            for fault in job.get("faults", ()):
+                break_trainer(trainer, fault)
             result = trainer.run()
             told |= {"step": result.step, "resumed": result.resumed_from, "interrupted": result.interrupted}
             told["backend"] = trainer._backend.name
