@@ -251,8 +251,19 @@ def load_model(
     return model.eval()
 
 
-def check_weights(model: SpikeLM, weights: Mapping[str, Tensor], source: str) -> None:
+def check_weights(
+    model: SpikeLM,
+    weights: Mapping[str, Tensor],
+    source: str,
+    shapes: Mapping[str, torch.Size] | None = None,
+) -> None:
     """Refuse weights that do not fit a model, naming the first tensor at fault.
+
+    Args:
+        model: says what is expected.
+        weights: what there is.
+        source: what to call it.
+        shapes: expected shapes of tensors whose model holds only a part of them.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or has another shape.
@@ -266,10 +277,11 @@ def check_weights(model: SpikeLM, weights: Mapping[str, Tensor], source: str) ->
     if unknown:
         raise CheckpointError(f"{source}: {unknown[0]!r} is not part of this model ({len(unknown)} in all)")
     for name, value in expected.items():
-        if weights[name].shape != value.shape:
+        shape = (shapes or {}).get(name, value.shape)
+        if weights[name].shape != shape:
             raise CheckpointError(
                 f"{source}: {name!r} is {tuple(weights[name].shape)}, "
-                f"the configuration expects {tuple(value.shape)}"
+                f"the configuration expects {tuple(shape)}"
             )
 
 

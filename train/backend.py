@@ -130,6 +130,18 @@ def build_backend(model: SpikeLM, config: TrainConfig, device: torch.device, ran
     Raises:
         ConfigError: DeepSpeed is not installed or its settings cannot be used.
     """
+    name = config.backend
+    if name == "auto":
+        name = "torch" if config.deepspeed is None else "deepspeed"
+    if name == "deepspeed":
+        from spikelm.train.backend_deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend(model, config, device, ranks)
+    if config.deepspeed is not None:
+        raise ConfigError(
+            f"backend is torch and deepspeed is {config.deepspeed!r}; leave one of them out "
+            "(backend=deepspeed uses the settings)"
+        )
     from spikelm.train.backend_torch import TorchBackend
 
     return TorchBackend(model, config, device, ranks)

@@ -57,7 +57,6 @@ class TorchBackend(Backend):
         return nn.parallel.DistributedDataParallel(
             self._module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 

@@ -8,24 +8,22 @@ commands; resume does not need them), ``log.jsonl`` and ``run.lock``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spikelm.errors import CheckpointError, TrainingError
-from spikelm.train.files import Seal, point_at, sync_folder, why
+from spikelm.errors import CheckpointError
+from spikelm.train.files import Seal, point_at, sync_folder
 from spikelm.train.ranks import Ranks
+from spikelm.train.run_folder import REPLACED, RunFolder
 from spikelm.train.training_state import Record, check_file, read_values, record_of, write_record
 
 _NAME = re.compile(r"^step-(\d{8,})$")
-_REPLACED = "replaced-"
 
 
-class CheckpointStore:
+class CheckpointStore(RunFolder):
     """Checkpoints in ``out/checkpoints``. Rank 0 alone changes anything here but what is being written.
 
     Args:
@@ -36,78 +34,9 @@ class CheckpointStore:
     """
 
     def __init__(self, out: Path, keep: int, milestone_every: int = 0, keep_best: bool = False) -> None:
-        self.out = out
-        self.folder = out / "checkpoints"
+        super().__init__(out)
         self.latest, self.best = out / "latest", out / "best"
         self.keep, self.milestone_every, self.keep_best = keep, milestone_every, keep_best
-
-    def open(self) -> None:
-        """Create the folders and see whether they can be written; another run's files are not touched.
-
-        Raises:
-            TrainingError: the folder cannot be created or written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as probe:
-                probe.write(b"x")
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    @contextlib.contextmanager
-    def held(self, ranks: Ranks) -> Iterator[None]:
-        """:meth:`open` and :meth:`locked` by rank 0, for all ranks.
-
-        Raises:
-            TrainingError: rank 0 cannot have the folder, or another rank does not see it; the same on every
-                rank.
-        """
-        with contextlib.ExitStack() as stack:
-            problem = None
-            if ranks.main:
-                try:
-                    self.open()
-                    stack.enter_context(self.locked())
-                except TrainingError as error:
-                    if ranks.world_size == 1:
-                        raise
-                    problem = str(error)
-            if problem := ranks.broadcast(problem):
-                raise TrainingError(problem)
-            seen = ranks.gather(self.folder.is_dir())
-            if not all(seen):
-                raise TrainingError(
-                    f"rank {seen.index(False)} does not see {self.folder}, which rank 0 made; "
-                    "choose an out folder on a file system that all ranks share"
-                )
-            yield
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run's folder, cleared of what an interrupted write left behind.
-
-        The lock goes with the process, however it ends.
-
-        Raises:
-            TrainingError: another process trains in the same folder, or the folder cannot be written.
-        """
-        try:
-            stream = (self.out / "run.lock").open("w")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise TrainingError(
-                    f"another process is training in {self.out}; wait for it or choose another out folder"
-                ) from error
-            try:
-                # Only now: before the lock is held, this may be what another process is writing.
-                self._clear_partial()
-            except OSError as error:
-                raise self._unwritable(error) from error
-            yield
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -157,7 +86,7 @@ class CheckpointStore:
         write_record(content, record, files)
         sync_folder(content)
         if final.exists():
-            final.rename(self._partial / f"{_REPLACED}{final.name}")
+            final.rename(self._partial / f"{REPLACED}{final.name}")
         content.rename(final)
         sync_folder(self.folder)
         point_at(self.latest, final)
@@ -259,26 +188,7 @@ class CheckpointStore:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> TrainingError:
-        return TrainingError(
-            f"the run's folder {self.out} cannot be written ({why(error)}); choose another: out=FOLDER"
-        )
-
     # --- removing -------------------------------------------------------------------------------------------
-
-    @property
-    def _partial(self) -> Path:
-        return self.folder / ".partial"
-
-    def _clear_partial(self) -> None:
-        """Remove what is left of a write; a checkpoint that was about to be replaced gets its name back."""
-        if not self._partial.exists():
-            return
-        for replaced in self._partial.glob(f"{_REPLACED}*"):
-            final = self.folder / replaced.name.removeprefix(_REPLACED)
-            if not final.exists():
-                replaced.rename(final)
-        shutil.rmtree(self._partial)
 
     def _prune(self, newest: int, best: int) -> None:
         """Remove what need not stay; each leaves its name first, so no half checkpoint has one."""

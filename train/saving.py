@@ -184,21 +184,16 @@ class Saving:
         if not running:
             self._write = None
             write.end(patience=0.0)
-            if write.written is not None:
-                self._log.write("checkpoint", self._figures(write))
-
-    def _figures(self, write: Write) -> dict[str, float | int]:
-        written = write.written
-        assert written is not None
-        return {
-            "step": write.step,
-            "blocked_seconds": round(self._blocked + self._waited, 4),
-            "waited_seconds": round(self._waited, 4),
-            "written_seconds": round(written.seconds, 4),
-            "bytes": written.bytes,
-            "files": written.files,
-            "overlaps": self._overlaps,
-        }
+            if (written := write.written) is not None:
+                figures = {
+                    "blocked_seconds": round(self._blocked + self._waited, 4),
+                    "waited_seconds": round(self._waited, 4),
+                    "written_seconds": round(written.seconds, 4),
+                    "bytes": written.bytes,
+                    "files": written.files,
+                    "overlaps": self._overlaps,
+                }
+                self._log.write("checkpoint", {"step": write.step, **figures})
 
     def _fail(self, write: Write) -> None:
         """Raise what went wrong: the same sentence on every rank, a fault of the program as it is."""

@@ -94,6 +94,8 @@ class Trainer:
             data=self._text.fingerprint(),
         )
         self._state = Progress()
+        self._interrupted: str | None = None
+        """Name of the signal that ends the run on all ranks."""
         self._title = title
         self._warnings = SpikeWarnings()
         self._runner = StepRunner(config, self._backend, self._text.train)
@@ -138,7 +140,7 @@ class Trainer:
                 StopSignals() as stop,
                 self._open_bar(self._title, config.steps * tokens, "tokens", state.step * tokens) as bar,
             ):
-                self._stop = stop
+                self._stop, self._interrupted = stop, None
                 for message in messages:
                     self._warn(bar, message)
                 self.model.train()
@@ -146,6 +148,7 @@ class Trainer:
                     bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
                     if self._periodic.work(state, bar, self._stopped):
                         self._saving.save(state, bar)
+                saved = state.step
                 while self._state.step < config.steps and not self._stopped():
                     before = self._state.step
                     self._train_step(bar)
@@ -156,10 +159,13 @@ class Trainer:
                     self._periodic.work(self._state, bar, self._stopped)
                     if self._saving.due(self._state, self._stopped()):
                         self._saving.save(self._state, bar)
+                        saved = self._state.step
+                interrupted, step = self._interrupted, self._state.step
+                if interrupted is not None and saved != step:
+                    # The signal came after it was asked whether to save.
+                    self._saving.save(self._state, bar)
                 self._saving.finish(bar)
-                interrupted = self._received()
                 if interrupted is not None:
-                    step = self._state.step
                     bar.say(f"{interrupted}: stopped after step {step}; the same command continues")
                     self.log.write("interrupted", {"step": step, "signal": interrupted})
             self.model.eval()
@@ -243,13 +249,12 @@ class Trainer:
     # --- stopping -------------------------------------------------------------------------------------------
 
     def _stopped(self) -> bool:
-        """Whether some rank was told to stop; asked by all of them together."""
-        return self.ranks.any(self._stop.received is not None)
-
-    def _received(self) -> str | None:
-        """The signal that some rank got (the first by name), the same on every rank."""
-        got = self.ranks.totals(*[float(self._stop.received == name) for name in SIGNALS])
-        return next((name for name, count in zip(SIGNALS, got, strict=True) if count), None)
+        """Whether some rank was told to stop; asked by all of them together, answered alike."""
+        if self._interrupted is None:
+            got = self.ranks.totals(*[float(self._stop.received == name) for name in SIGNALS])
+            told = (name for name, count in zip(SIGNALS, got, strict=True) if count)
+            self._interrupted = next(told, None)
+        return self._interrupted is not None
 
     # --- start and end --------------------------------------------------------------------------------------
 

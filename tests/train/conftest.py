@@ -75,6 +75,12 @@ def make_values(tmp_path: Path) -> MakeValues:
 
 
 @pytest.fixture(scope="session")
+def tiny_maker() -> Callable[[Path], MakeValues]:
+    """:func:`tiny`, for fixtures of a wider scope."""
+    return tiny
+
+
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny run that was never interrupted."""
     from spikelm.train.config import TrainConfig
