@@ -84,6 +84,11 @@ class Saving:
             told = self._store.failure(write.step, reason(write.error))
             self._log.write("warning", {"step": write.step, "text": str(told)})
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written, as far as the ranks agreed."""
+        return self._write is None
+
     def due(self, progress: Progress, stopping: bool) -> bool:
         """Whether this step is to be saved: every N steps, milestones, the best, the end, and a stop."""
         config, step = self._config, progress.step
@@ -102,8 +107,7 @@ class Saving:
             CheckpointError: it cannot be written, or the one before could not; older ones are untouched. The
                 same on every rank.
         """
-        if self._write is not None:
-            self._overlap(bar)
+        self._end_before(bar)
         started = time.perf_counter()
         ranks, step = self._backend.ranks, progress.step
         attempt, problem = f"step-{step:08d}-{secrets.token_hex(4)}", ""
@@ -155,10 +159,11 @@ class Saving:
             self._waited = before + time.perf_counter() - started
             self._settle(self._write)
 
-    def _overlap(self, bar: Bar) -> None:
+    def _end_before(self, bar: Bar) -> None:
         """Wait for the checkpoint before, and say so."""
         write, started = self._write, time.perf_counter()
-        assert write is not None
+        if write is None:
+            return
         if not self._backend.ranks.any(not write.over):
             self.finish(bar)
             return
