@@ -190,10 +190,20 @@ def test_a_damaged_file_of_one_rank(two: dict[str, Any], tmp_path: Path, damage:
 # --- other world sizes, backends and accumulations ----------------------------------------------------------
 
 Leg = tuple[dict[str, Any], int]
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """Settings of DeepSpeed's ZeRO."""
+    return {"backend": "deepspeed", "deepspeed": f"zero{stage}"}
+
+
 CHAINS: dict[str, list[Leg]] = {
     "one, two, one": [({}, 1), ({}, 2), ({}, 1)],
     "two, one, two": [({}, 2), ({"accumulation": 2}, 1), ({"accumulation": 2}, 2)],
     "accumulation": [({"accumulation": 2}, 1), ({"accumulation": 4}, 1), ({}, 2)],
+    "ZeRO 1, ZeRO 3, ZeRO 2": [(zero(1), 2), (zero(3), 2), (zero(2), 2)],
+    "ZeRO 3, one, ZeRO 1": [(zero(3), 2), ({}, 1), (zero(1), 2)],
+    "two, ZeRO 2, one": [({}, 2), (zero(2), 2), ({}, 1)],
 }
 """Name -> (settings, world size) of each third of a run. Chains share a launch for each third."""
 
