@@ -181,8 +181,9 @@ class CheckpointStore(RunFolder):
         step = record.progress.step
         best = record.progress.best_step if self.keep_best else -1
         try:
-            self._set_aside(after=step)
+            # The link first: it may point at one that is set aside.
             self._mend_pointer(self.path(step), warn)
+            self._set_aside(after=step)
             self._mend_best(best)
             self._prune(step, best)
         except OSError as error:
