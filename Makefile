@@ -30,7 +30,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench gpu clean
+.PHONY: help demo reproduce test test-slow check bench gpu clean
 
 help: ## list the targets
 	@echo "SpikeLM: make TARGET"
@@ -39,6 +39,14 @@ help: ## list the targets
 demo: $(CORE) ## train a spiking language model and its twin on real text, measure both, let them write
 	@echo "== demo: training, measuring and writing (about eight minutes on two cores) =="
 	@$(BIN)/spikelm demo
+
+reproduce: $(CORE) ## list the recipes with their cost; RECIPE=name runs one (ARGS="key=value ..." changes it)
+ifdef RECIPE
+	@if [ -f configs/finetune/$(RECIPE).yaml ]; then $(BIN)/spikelm finetune $(RECIPE) $(ARGS); \
+	else $(BIN)/spikelm train $(RECIPE) $(ARGS); fi
+else
+	@$(BIN)/spikelm plan
+endif
 
 test: $(DEV) ## run the tests (without those marked slow)
 	@echo "== test: pytest in $(JOBS) processes =="

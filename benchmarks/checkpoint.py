@@ -34,6 +34,8 @@ def values(model: str, folder: Path) -> dict[str, Any]:
         "batch_size": 1,
         "keep": 1,
         "log_every": 1,
+        "trackers": [],
+        "measure_mfu": False,
         "out": str(folder / "run"),
     }
 

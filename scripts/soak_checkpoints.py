@@ -59,6 +59,8 @@ def settings(folder: Path, out: Path) -> dict[str, Any]:
         "keep_best": True,
         "log_every": 1,
         "device": "cpu",
+        "trackers": [],
+        "measure_mfu": False,
         "timeout": 60.0,
         "out": str(out),
     }
@@ -177,9 +179,9 @@ def difference(a: Path, b: Path) -> str:
 def figures(out: Path) -> list[dict[str, Any]]:
     """Every logged number but the times."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    times = ("tokens_per_second", "seconds")
+    times = ("tokens_per_second", "seconds", "step_seconds", "data_seconds", "mfu", "memory")
     return [
-        {key: value for key, value in line.items() if key not in times and not key.startswith("seconds_")}
+        {key: value for key, value in line.items() if key not in times}
         for line in lines
         if line["event"] in ("step", "evaluation")
     ]

@@ -43,6 +43,7 @@ _STANDARD_KEYS = frozenset(
         "id2label",
         "label2id",
         "num_labels",
+        "classifier_pooling",
         "problem_type",
         "return_dict",
         "output_hidden_states",
@@ -54,7 +55,7 @@ _STANDARD_KEYS = frozenset(
         "quantization_config",
     }
 )
-"""Keys of config.json that belong to transformers."""
+"""Keys of config.json that belong to transformers, or to the classifier of :mod:`spikelm.classifier`."""
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -237,6 +238,11 @@ def load_model(
     with torch.device("meta"):
         model = SpikeLM(config)
     weights = read_weights(folder)
+    if "score.weight" in weights:
+        raise CheckpointError(
+            f"{folder} holds a text classifier, not a language model; spikelm finetune and transformers' "
+            "AutoModelForSequenceClassification read it"
+        )
     if config.tie_word_embeddings and "embedding.weight" in weights:
         weights["head.linear.weight"] = weights["embedding.weight"]
     check_weights(model, weights, str(folder))

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from spikelm.errors import CheckpointError, ConfigError, ShapeError
+from spikelm.hf_backbone import Backbone
 from spikelm.hf_cache import CACHE_NAME, RecurrentCache, given_cache
 from spikelm.hf_config import SpikeLMConfig
 from spikelm.hf_inputs import (
@@ -40,12 +41,12 @@ from spikelm.hf_inputs import (
     document_starts,
     dropout_source,
     kept_columns,
-    last_valid,
     loss_arguments,
     valid_tokens,
 )
 from spikelm.hf_training import StepCallback, step_of
 from spikelm.model import SpikeLM
+from spikelm.pooling import pool
 from spikelm.recurrence import Context
 
 __all__ = [
@@ -198,6 +199,11 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self._finish(SpikeLM(config.to_core()))
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The core, called as transformers calls a base model."""
+        return cast(nn.Module, Backbone(self))
+
     def get_output_embeddings(self) -> nn.Module:
         """The linear layer of the head."""
         head = self.model.head
@@ -313,7 +319,11 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
 
 
 class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
-    """Classifier on the features of the last token that is not padding."""
+    """Linear classifier on pooled features.
+
+    ``config.classifier_pooling`` says which: of the last token that is not padding (``last``, as transformers
+    does with causal models), or the mean or maximum over the tokens that are not.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]
 
@@ -346,8 +356,7 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
         losses: list[Tensor] | None = [] if self.training and labels is not None else None
         ctx = self._context(input_ids, attention_mask, position_ids, False, losses)
         h, _ = self.model.hidden(input_ids, None, ctx)
-        last = torch.full((h.shape[0],), -1, device=h.device) if ctx.valid is None else last_valid(ctx.valid)
-        logits = self.score(h[torch.arange(h.shape[0], device=h.device), last])
+        logits = self.score(pool(h, ctx.valid, self.config.classifier_pooling, ctx.reset))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from spikelm.config import FORMAT_VERSION, NO_NEURON, ModelConfig
 from spikelm.errors import CheckpointError, ConfigError, nearest
+from spikelm.pooling import check_pooling
 
 _OURS = [f.name for f in fields(ModelConfig)]
 _STANDARD_EXTRAS = frozenset(
@@ -36,7 +37,8 @@ class SpikeLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     ``eos_token_id`` may be a list. The core and config.json then hold its first entry; the whole list stands
     in the model's generation configuration, which transformers saves beside the weights
-    (generation_config.json).
+    (generation_config.json). ``classifier_pooling`` (``last``, ``mean``, ``max``) says what a sequence
+    classifier reads of a text.
 
     Raises:
         ConfigError: for a key that neither this model nor transformers knows, or a bad value.
@@ -44,6 +46,8 @@ class SpikeLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     model_type = "spikelm"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    auto_map: ClassVar[dict[str, str]] = {}
+    """No code of a checkpoint is ever run; TRL reads this attribute without asking whether it exists."""
 
     format_version: int = FORMAT_VERSION
     vocab_size: int = 256
@@ -62,6 +66,7 @@ class SpikeLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     use_cache: bool = True
+    classifier_pooling: str = "last"
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse unknown keys, a newer format, and values the core refuses."""
@@ -73,6 +78,7 @@ class SpikeLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"the checkpoint has format version {self.format_version}, this release reads up to "
                 f"{FORMAT_VERSION}; upgrade spikelm"
             )
+        check_pooling(self.classifier_pooling)
         self.to_core()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 

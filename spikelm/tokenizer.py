@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, any Hugging Face ``tokenizer.json``, or a byte-level BPE trained here.
+"""Tokenizers: bytes, characters, any Hugging Face ``tokenizer.json``, or a byte-level BPE trained here.
 
 One class over the ``tokenizers`` library, which is imported only when needed: the byte tokenizer runs on
 numpy alone. What the rest of the package relies on:
@@ -16,6 +16,7 @@ import builtins
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,7 @@ class Tokenizer:
         vocab_size: 1 + the highest id (unused ids included).
         eos_id, bos_id: ids of the end and the beginning of a document, or None.
         chat_template: Jinja chat template kept with the tokenizer, or None.
+        is_bytes: whether ids are the byte values themselves.
 
     Args:
         spec: content of a ``tokenizer.json``.
@@ -73,8 +75,8 @@ class Tokenizer:
         self._where = where
         self.chat_template = chat_template
         self._vocab, self._added = vocabulary.vocabulary(self._spec, where)
-        self._is_bytes = vocabulary.is_byte_vocabulary(self._spec, self._vocab)
-        if not self._is_bytes:
+        self.is_bytes = vocabulary.is_byte_vocabulary(self._spec, self._vocab)
+        if not self.is_bytes:
             _ = self._core  # a damaged file is reported here and not at the first use
         self.vocab_size = 1 + max([*self._vocab.values(), *self._added], default=-1)
         if self.vocab_size == 0:
@@ -162,6 +164,39 @@ class Tokenizer:
         core.train_from_iterator((part for text in texts for part in split_lines(checked(text))), trainer)
         return cls(json.loads(core.to_str()), where="the trained tokenizer")
 
+    @classmethod
+    def characters(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int | None = None,
+        *,
+        special_tokens: Sequence[str] = (),
+        min_frequency: int = 1,
+    ) -> Tokenizer:
+        """A tokenizer of characters: one token each, and the UTF-8 bytes of those that have none.
+
+        Nothing is unknown, so every text comes back as it was. All of ASCII and 128 bytes are always there.
+
+        Args:
+            texts: where the characters are counted.
+            vocab_size: tokens at most, special ones included: the most frequent characters stay. None: all.
+            special_tokens: take the first ids.
+            min_frequency: characters seen less often have no token.
+
+        Raises:
+            DataError: ``vocab_size`` leaves no room for ASCII and the bytes, or the special tokens repeat.
+        """
+        cls.check_training(256 + len(special_tokens) if vocab_size is None else vocab_size, special_tokens)
+        seen: Counter[str] = Counter()
+        for text in texts:
+            seen.update(checked(text))
+        wanted = (char for char, count in seen.items() if ord(char) >= 128 and count >= min_frequency)
+        ordered = sorted(wanted, key=lambda char: (-seen[char], char))
+        if vocab_size is not None:
+            ordered = ordered[: vocab_size - 256 - len(special_tokens)]
+        spec = vocabulary.character_spec(ordered, special_tokens)
+        return cls(spec, where="the character tokenizer")
+
     @staticmethod
     def check_training(vocab_size: int, special_tokens: Sequence[str]) -> None:
         """Raise :class:`DataError` where :meth:`train_bpe` would, before any text is read."""
@@ -196,7 +231,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """Token ids of several texts; raises :class:`DataError` for text that is not Unicode."""
-        if self._is_bytes:
+        if self.is_bytes:
             return [list(utf8(text)) for text in texts]
         core = self._core if parse_special else self._plain_core
         encodings = core.encode_batch_fast([checked(text) for text in texts], add_special_tokens=False)
@@ -208,14 +243,14 @@ class Tokenizer:
         Long texts are cut where the result cannot change and short ones are grouped, so that memory stays
         small and all cores work.
         """
-        if self._is_bytes:
+        if self.is_bytes:
             for text in texts:
                 yield np.frombuffer(utf8(text), dtype=np.uint8).astype(self.dtype)
             return
         waiting: list[list[str]] = []  # the parts of each text
         size = 0
         for text in texts:
-            waiting.append(list(split_lines(text)) if self._splits_at_lines else [text])
+            waiting.append(list(split_lines(text)) if self.splits_at_lines else [text])
             size += len(text)
             if size >= _GROUP_CHARS:
                 yield from self._encode_parts(waiting)
@@ -262,7 +297,7 @@ class Tokenizer:
 
     @property
     def is_byte_level(self) -> bool:
-        """True when every token is a fixed string of bytes (GPT-2's scheme), as for all trained here."""
+        """True when every token is a fixed string of bytes (GPT-2's scheme, or characters): all made here."""
         return vocabulary.is_byte_level(self._spec)
 
     @cached_property
@@ -270,6 +305,11 @@ class Tokenizer:
         """Hash of the canonical JSON (sorted keys, no spaces) as 64 hexadecimal digits."""
         canonical = json.dumps(self._spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """Content of its ``tokenizer.json``; a tokenizer made from it gives the same tokens."""
+        return self._spec
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._where}, {self.vocab_size} ids, sha256 {self.sha256[:12]})"
@@ -292,8 +332,8 @@ class Tokenizer:
         return core
 
     @cached_property
-    def _splits_at_lines(self) -> bool:
-        """Whether cutting as :func:`split_lines` does leaves the tokens as they are."""
+    def splits_at_lines(self) -> bool:
+        """Whether cutting text as :func:`split_lines` does leaves the tokens as they are."""
         before = self._spec.get("pre_tokenizer") or {}
         parts = before.get("pretokenizers", [before])
         splits = any(part.get("type") == "Split" or part.get("use_regex", True) for part in parts)

@@ -111,7 +111,7 @@ def test_bytes_is_a_tokenizer_json_that_the_library_reads(tmp_path: Path) -> Non
     assert other.encode(SAMPLE).ids == list(SAMPLE.encode("utf-8"))
     assert other.decode(other.encode(SAMPLE).ids) == SAMPLE
     again = Tokenizer.load(tmp_path)
-    assert again.sha256 == BYTES.sha256 and again._is_bytes
+    assert again.sha256 == BYTES.sha256 and again.is_bytes
     assert (BYTES.vocab_size, BYTES.eos_id, BYTES.bos_id) == (256, None, None)
     assert BYTES.token_bytes.tolist() == [1] * 256
 
@@ -198,7 +198,7 @@ def test_special_tokens_in_documents_are_text(neox: Tokenizer) -> None:
 def test_cutting_long_text_changes_nothing(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
     text = novels(450_000)
-    assert len(list(split_lines(text))) > 3 and tokenizer._splits_at_lines
+    assert len(list(split_lines(text))) > 3 and tokenizer.splits_at_lines
     arrays = list(tokenizer.encode_arrays(["", text, "short", "", "x" * 200_000]))
     assert arrays[1].tolist() == tokenizer.encode(text, parse_special=False)
     assert [len(arrays[0]), len(arrays[3])] == [0, 0]
@@ -299,7 +299,7 @@ def test_streams_of_sentencepiece(text: str) -> None:
 def test_sentencepiece_is_read() -> None:
     tokenizer = sentencepiece()
     assert (tokenizer.eos_id, tokenizer.bos_id) == (2, 1)
-    assert not tokenizer.is_byte_level and not tokenizer._splits_at_lines
+    assert not tokenizer.is_byte_level and not tokenizer.splits_at_lines
     assert tokenizer.token_bytes[tokenizer.encode("a\u00e9")].sum() == 4  # the space put before counts
 
 

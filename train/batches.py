@@ -13,7 +13,7 @@ from spikelm.loss import IGNORE_INDEX
 from spikelm.randomness import CounterRandom
 
 if TYPE_CHECKING:
-    from spikelm.data.blocks import TokenBlocks
+    from spikelm.data.samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def pieces(
 
 
 def micro_batches(
-    blocks: TokenBlocks, seed: int, first: int, samples: int, parts: int, rank: int = 0, world_size: int = 1
+    blocks: Samples, seed: int, first: int, samples: int, parts: int, rank: int = 0, world_size: int = 1
 ) -> list[MicroBatch]:
     """A rank's share of one step; the order of samples depends on (seed, global sample index) alone."""
     found = []

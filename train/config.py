@@ -11,10 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from spikelm.errors import ConfigError, nearest
 from spikelm.presets import find
+from spikelm.train.components import Component, parse_components, plain
 from spikelm.yaml_values import parse_value, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
@@ -25,6 +36,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 PUBLISHED_ADAM = {"betas": (0.9, 0.99), "eps": 4e-9, "weight_decay": 0.0}
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -39,18 +51,37 @@ class DataConfig(Section):
     """Text, tokenizer and block length.
 
     Attributes:
-        train: source specification (a file, a folder, ``file.jsonl#field``, ``builtin:python-docs#train``).
+        train: source specification (a file, a folder, ``file.jsonl#field``, ``builtin:python-docs#train``),
+            or a list of ``{source: SPEC, weight: 0.7}``, whose shares are those of the samples.
         valid: source for evaluation, or None for no evaluation.
         tokenizer: ``bytes``, a tokenizer.json, or a folder that holds one.
         block_length: tokens of one sample.
         cache: folder of the tokenised blocks; None lets the data code choose.
+        stream: tokenise ``train`` while training instead of once before it.
+        shuffle_buffer: blocks of a stream that are shuffled together (0: the order of the documents).
+        carried: carry the state from step to step over long documents, in ``batch_size`` lanes.
+        prefetch: steps whose samples are made ahead in a thread (0: none).
     """
 
-    train: str
+    train: Annotated[str | list[Component], PlainValidator(parse_components), PlainSerializer(plain)]
     valid: str | None = None
     tokenizer: str = "bytes"
     block_length: Positive = 256
     cache: str | None = None
+    stream: bool = False
+    shuffle_buffer: Count = 0
+    carried: bool = False
+    prefetch: Count = 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        """Options that need, or exclude, one another."""
+        if self.shuffle_buffer and not self.stream:
+            raise ValueError("shuffle_buffer is for stream: true; without it all blocks are shuffled anyway")
+        if self.carried and (self.stream or not isinstance(self.train, str)):
+            other = "stream: true" if self.stream else "a mixture"
+            raise ValueError(f"carried needs one tokenised source, not {other}; leave one of the two out")
+        return self
 
 
 class MuonConfig(Section):
@@ -131,6 +162,27 @@ class ScheduleConfig(Section):
     decay: Share = 0.2
 
 
+class LossSpikeConfig(Section):
+    """When a loss or gradient norm is called a spike (see :mod:`spikelm.train.loss_spikes`), and then what.
+
+    Attributes:
+        window: steps that say what is ordinary; nothing is called a spike before half of them are done.
+        threshold: robust standard deviations above the median.
+        action: ``warn``; ``stop``; ``rollback`` (go back to the newest checkpoint and pass over the batch);
+            ``off``.
+    """
+
+    window: Annotated[int, Field(ge=10)] = 100
+    threshold: Rate = 6.0
+    action: Literal["warn", "stop", "rollback", "off"] = "warn"
+
+    @field_validator("action", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML reads a bare ``off`` as false."""
+        return "off" if value is False else value
+
+
 class TrainConfig(Section):
     """A whole run.
 
@@ -138,6 +190,9 @@ class TrainConfig(Section):
         model: a preset, a file, or a mapping: either a complete model configuration or ``preset: NAME`` with
             values that replace the preset's; ``twin: true`` turns every neuron off. Without an own
             ``vocab_size`` the model takes the tokenizer's.
+        init_from: checkpoint folder whose weights (and nothing else) the run starts from. The model is then
+            the checkpoint's; ``model`` may hold single values that replace its, as ``{dropout: 0.1}``. The
+            tokenizer must be the checkpoint's, and is where ``data.tokenizer`` names none.
         data, optim, schedule: see the sections.
         steps: optimiser steps.
         batch_size: samples of one optimiser step, whatever the accumulation.
@@ -161,7 +216,13 @@ class TrainConfig(Section):
         timeout: seconds that ranks wait for one another before the run ends with an error.
         on_bad_step: what happens when a loss or gradient is not finite, always before the update: ``stop``,
             ``skip`` (pass over the batch) or ``rollback`` (also go back to the newest checkpoint).
-        bad_step_limit: bad steps in a row after which a run stops whatever the policy.
+        bad_step_limit: bad steps in a row, or returns to the same checkpoint, after which a run stops
+            whatever the policy.
+        loss_spike: what a jump of the loss or gradient norm is, and what happens then.
+        trackers: where curves go beside the log: ``auto`` (TensorBoard where it is installed), a list of
+            ``tensorboard``, ``wandb`` and ``trackio``, or ``[]``.
+        measure_mfu: measure the peak of this machine at the start (under a second), and log the share of it
+            that the run uses.
         l2wrap: factor of the L2Wrap gradient (1e-4 as SpikeGPT published, 0 for none).
         gradient_checkpointing: recompute blocks in backward to save memory.
         out: folder of the run.
@@ -169,6 +230,7 @@ class TrainConfig(Section):
     """
 
     model: str | dict[str, Any]
+    init_from: str | None = None
     data: DataConfig
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -194,14 +256,50 @@ class TrainConfig(Section):
     timeout: Annotated[float, Field(ge=1.0)] = 600.0
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     bad_step_limit: Positive = 10
+    loss_spike: LossSpikeConfig = LossSpikeConfig()
+    trackers: Literal["auto"] | list[str] = "auto"
+    measure_mfu: bool = True
     l2wrap: Weight = 0.0
     gradient_checkpointing: bool = False
     out: str = "runs/train"
     resume: bool = True
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        """One name may stand without brackets; unknown ones are told with those that exist."""
+        names = [value] if isinstance(value, str) and value != "auto" else value
+        if names == "auto":
+            return names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{value!r} is no list of names; expected auto, [], or some of {list(TRACKERS)}")
+        for name in names:
+            if name not in TRACKERS:
+                raise ValueError(nearest("tracker", name, ["auto", *TRACKERS]))
+        return list(dict.fromkeys(names))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_checkpoint(cls, values: Any) -> Any:
+        """With ``init_from``, model and tokenizer are the checkpoint's unless said otherwise."""
+        if not isinstance(values, Mapping) or not isinstance(folder := values.get("init_from"), str):
+            return values
+        data = values.get("data")
+        if isinstance(data, Mapping) and data.get("tokenizer") is None:
+            latest = Path(folder) / "latest"
+            data = {**data, "tokenizer": str(latest if latest.is_dir() else folder)}
+        model = values.get("model")
+        return {**values, "model": {} if model is None else model, "data": data}
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        """Sizes that contradict one another."""
+        """Sizes that contradict one another, and two models."""
+        named = isinstance(self.model, str) or "preset" in self.model
+        if self.init_from is not None and named:
+            raise ValueError(
+                f"init_from is {self.init_from!r} and brings its model; leave model out, or give single "
+                "values that replace the checkpoint's, for example model.dropout=0.1"
+            )
         if self.accumulation > self.batch_size:
             raise ValueError(
                 f"accumulation is {self.accumulation} and batch_size {self.batch_size}; "
@@ -239,7 +337,8 @@ class TrainConfig(Section):
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of ``values`` with dotted ``key=value`` pairs applied; values are parsed as YAML.
 
-    ``model=NAME`` replaces the model; ``model.hidden_size=128`` changes a value of the named preset.
+    ``model=NAME`` replaces the model; ``model.hidden_size=128`` changes a value of the named preset;
+    ``data.train.0.weight=2`` one of an entry of a list.
 
     Raises:
         ConfigError: a pair without ``=``, or a key inside something that is no section.
@@ -252,18 +351,26 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             raise ConfigError(f"override {pair!r} is not of the form key=value, for example optim.lr=3e-4")
         node: Any = result
         for depth, name in enumerate(path[:-1]):
-            child = node.get(name)
+            child = node[_index(node, name, pair)] if isinstance(node, list) else node.get(name)
             if path[: depth + 1] == ["model"] and isinstance(child, str):
                 child = node[name] = {"preset": child}
             if child is None:
                 child = node[name] = {}
-            if not isinstance(child, dict):
+            if not isinstance(child, (dict, list)):
                 raise ConfigError(
                     f"override {pair!r}: {'.'.join(path[: depth + 1])} is a value, not a section"
                 )
             node = child
-        node[path[-1]] = parse_value(text, where=f"override {pair!r}")
+        last = _index(node, path[-1], pair) if isinstance(node, list) else path[-1]
+        node[last] = parse_value(text, where=f"override {pair!r}")
     return result
+
+
+def _index(values: list[Any], name: str, pair: str) -> int:
+    """Which entry of a list a part of a dotted key means (``data.train.0.weight``)."""
+    if not name.isdecimal() or int(name) >= len(values):
+        raise ConfigError(f"override {pair!r}: {name!r} is no entry of a list of {len(values)}; count from 0")
+    return int(name)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -125,9 +125,10 @@ def evaluate(
 
 
 def combine(meter: Meter, ranks: Ranks) -> None:
-    """Make the sums of a meter those of all ranks (a rank may have seen nothing)."""
-    if ranks.world_size == 1:
-        return
+    """Make the sums of a meter those of all ranks (a rank may have seen nothing), and bring them to the CPU.
+
+    One transfer and one sum for everything: a model has hundreds of projections.
+    """
     mine = {
         path: [entry.spiking, entry.in_features, entry.out_features, path in meter.outside]
         for path, entry in meter.counts.items()
@@ -135,14 +136,19 @@ def combine(meter: Meter, ranks: Ranks) -> None:
     seen: dict[str, list[Any]] = {}
     for told in ranks.gather(mine):
         seen.update(told)
+    if not seen:
+        return
+    parts = []
     for path in sorted(seen):
-        spiking, inputs, outputs, outside = seen[path]
         entry = meter.counts.get(path)
-        sums = torch.zeros(4 + inputs, dtype=torch.float64)
-        if entry is not None:
-            sums[:4] = torch.stack([entry.tokens, entry.nonzero, entry.magnitude, entry.clipped]).cpu()
-            sums[4:] = entry.fired.cpu()
-        sums = ranks.total(sums)
+        if entry is None:
+            parts.append(torch.zeros(4 + seen[path][1], dtype=torch.float64, device=meter_device(meter)))
+        else:
+            sums = torch.stack([entry.tokens, entry.nonzero, entry.magnitude, entry.clipped])
+            parts.append(torch.cat([sums, entry.fired.to(torch.float64)]))
+    totals = ranks.total(torch.cat(parts).cpu())
+    for path, sums in zip(sorted(seen), totals.split([len(part) for part in parts]), strict=True):
+        spiking, inputs, outputs, outside = seen[path]
         meter.counts[path] = ProjectionCount(
             spiking=spiking,
             in_features=inputs,
@@ -155,3 +161,8 @@ def combine(meter: Meter, ranks: Ranks) -> None:
         )
         if outside:
             meter.outside.add(path)
+
+
+def meter_device(meter: Meter) -> torch.device:
+    """Where the sums of a meter are; the CPU for one that has seen nothing."""
+    return next((entry.tokens.device for entry in meter.counts.values()), torch.device("cpu"))

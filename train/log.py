@@ -6,10 +6,20 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from spikelm.errors import TrainingError
 from spikelm.train.files import replace_text, why
+
+
+class Follower(Protocol):
+    """Is told what the log is told (:class:`spikelm.train.trackers.Trackers`)."""
+
+    def rewind(self, step: int) -> None:
+        """The log goes on after ``step``; what came later is no longer true."""
+
+    def tell(self, event: str, values: Mapping[str, Any]) -> None:
+        """A line was written."""
 
 
 class RunLog:
@@ -18,10 +28,11 @@ class RunLog:
     Args:
         path: the file; it is created with its first line.
         silent: write nothing (every rank but the first).
+        follower: told what is written and where the log goes back.
     """
 
-    def __init__(self, path: Path, silent: bool = False) -> None:
-        self.path, self.silent = path, silent
+    def __init__(self, path: Path, silent: bool = False, follower: Follower | None = None) -> None:
+        self.path, self.silent, self._follower = path, silent, follower
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         """Append a line ``{"event": event, ...}``; numbers that are not finite become strings.
@@ -37,6 +48,8 @@ class RunLog:
                 stream.write(line + "\n")
         except OSError as error:
             raise TrainingError(f"the log {self.path} cannot be written ({why(error)})") from error
+        if self._follower is not None:
+            self._follower.tell(event, values)
 
     def start(self) -> None:
         """Begin a new log; an older one (of a run that ended before its first checkpoint) is replaced.
@@ -50,6 +63,8 @@ class RunLog:
             replace_text(self.path, "")
         except OSError as error:
             raise TrainingError(f"the log {self.path} cannot be written ({why(error)})") from error
+        if self._follower is not None:
+            self._follower.rewind(0)
 
     def rewind(self, step: int) -> None:
         """Drop what lies after ``step``, and a line cut in half: resume writes those steps again.
@@ -57,13 +72,16 @@ class RunLog:
         Raises:
             TrainingError: the file cannot be read or written.
         """
-        if self.silent or not self.path.exists():
+        if self.silent:
             return
-        kept = [line for line, values in self._lines() if values.get("step", 0) <= step]
-        try:
-            replace_text(self.path, "".join(line + "\n" for line in kept))
-        except OSError as error:
-            raise TrainingError(f"the log {self.path} cannot be written ({why(error)})") from error
+        if self.path.exists():
+            kept = [line for line, values in self._lines() if values.get("step", 0) <= step]
+            try:
+                replace_text(self.path, "".join(line + "\n" for line in kept))
+            except OSError as error:
+                raise TrainingError(f"the log {self.path} cannot be written ({why(error)})") from error
+        if self._follower is not None:
+            self._follower.rewind(step)
 
     def read(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines, or those of one event."""

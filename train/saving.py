@@ -120,6 +120,7 @@ class Saving:
         attempt, problem = ranks.broadcast([attempt, problem])
         if problem:
             raise self._store.failure(step, problem)
+        progress.data = self._runner.position(progress.samples)
         record = Record(progress=copy.deepcopy(progress), identity=self._identity)
         contents = self._snapshot.take(self._backend, self._runner)
         self._write = Write(

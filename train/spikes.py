@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 SILENT = 0.999
 SATURATED = 0.95
+_LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
 
 def spike_rate(summary: Mapping[str, Any]) -> float | None:
@@ -29,16 +31,62 @@ def spike_rate(summary: Mapping[str, Any]) -> float | None:
     return fired / macs if macs else None
 
 
+FIGURES = ("firing_rate", "silent", "mean_count", "at_cap", "never_fired")
+
+
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Totals and, per spiking projection or neuron, firing rate, mean count and channels that never fired."""
+    """Totals, and the same figures per layer and per spiking projection or neuron.
+
+    Returns:
+        ``spike_rate`` (:func:`spike_rate`); ``silent``: share of zero inputs, over all projections;
+        ``mean_count`` (mean absolute count), ``at_cap`` (share of counts at the cap) and ``never_fired``
+        (share of channels without one spike) over what :func:`spike_rate` is over, None for a twin;
+        ``layers``: number of the block -> :data:`FIGURES`; ``projections``: path -> :data:`FIGURES`.
+    """
+    entries = dict(_spiking(summary))
+    layers: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for path, entry in entries.items():
+        if (found := _LAYER.search(path)) is not None:
+            layers.setdefault(found[1], {})[path] = entry
+    total = together(entries.values())
     return {
         "spike_rate": spike_rate(summary),
         "silent": float(summary["total"]["silent"]),
+        **{key: total[key] if total else None for key in ("mean_count", "at_cap", "never_fired")},
+        "layers": {index: together(layers[index].values()) for index in sorted(layers, key=int)},
         "projections": {
-            path: {key: round(float(entry[key]), 6) for key in ("firing_rate", "mean_count", "never_fired")}
-            for path, entry in _spiking(summary)
+            path: {key: _figure(entry, key) for key in FIGURES} for path, entry in entries.items()
         },
     }
+
+
+def together(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """:data:`FIGURES` of several projections or neurons.
+
+    Where one of them is a projection, only projections count, weighted by their multiply-accumulates;
+    otherwise neurons, by their channels. Never-fired channels are weighted by channels. Empty without any.
+    """
+    entries = list(entries)
+    projections = [entry for entry in entries if "out_features" in entry]
+    found: dict[str, float] = {}
+    counted = projections or entries
+    for key in FIGURES if counted else ():
+        weights = [
+            _channels(e) * (1 if key == "never_fired" or not projections else e["out_features"])
+            for e in counted
+        ]
+        share = sum(w * float(e.get(key, 0.0)) for w, e in zip(weights, counted, strict=True)) / sum(weights)
+        found[key] = round(share, 6)
+    return found
+
+
+def _channels(entry: Mapping[str, Any]) -> int:
+    return int(entry["in_features"] if "in_features" in entry else entry["features"])
+
+
+def _figure(entry: Mapping[str, Any], key: str) -> float:
+    """A rounded figure; neurons outside projections have no cap."""
+    return round(float(entry.get(key, 0.0)), 6)
 
 
 def _spiking(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -17,12 +17,13 @@ from spikelm.meter import Meter
 from spikelm.recurrence import Context
 from spikelm.state import State
 from spikelm.train.backend import Backend
-from spikelm.train.batches import MicroBatch, micro_batches, pieces
+from spikelm.train.batches import MicroBatch, pieces
 from spikelm.train.optim import StepReport
+from spikelm.train.prefetch import Prefetch
 from spikelm.train.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from spikelm.data.blocks import TokenBlocks
+    from spikelm.data.samples import Samples
     from spikelm.train.config import TrainConfig
 
 
@@ -58,6 +59,7 @@ class StepOutcome:
         seconds: time of this rank.
         report: of the optimiser; None when the loss was not finite.
         bad: why no update was made, or None.
+        data_seconds: part of ``seconds`` in which this rank waited for its samples.
     """
 
     nats: float
@@ -67,6 +69,7 @@ class StepOutcome:
     seconds: float
     report: StepReport | None
     bad: BadStep | None
+    data_seconds: float = 0.0
 
 
 class StepRunner:
@@ -81,9 +84,10 @@ class StepRunner:
     step is always lane r.
     """
 
-    def __init__(self, config: TrainConfig, backend: Backend, blocks: TokenBlocks) -> None:
+    def __init__(self, config: TrainConfig, backend: Backend, blocks: Samples) -> None:
         self._config, self._backend, self._blocks = config, backend, blocks
-        self._carried = bool(getattr(blocks, "carried", False))
+        self._prefetch = Prefetch(blocks, config, backend.ranks)
+        self._carried = blocks.carried
         self._lanes: dict[int, State] = {}
         """State of the lanes of each micro-batch, by its first lane."""
 
@@ -104,15 +108,8 @@ class StepRunner:
         config, backend = self._config, self._backend
         ranks = backend.ranks
         started = time.perf_counter()
-        batches = micro_batches(
-            self._blocks,
-            config.seed,
-            first,
-            config.batch_size,
-            config.accumulation,
-            ranks.rank,
-            ranks.world_size,
-        )
+        batches = self._prefetch.take(first)
+        waited = time.perf_counter() - started
         mine = sum(batch.count for batch in batches)
         total, nbytes = (int(v) for v in ranks.totals(mine, sum(batch.nbytes for batch in batches)))
         if total == 0:
@@ -165,7 +162,16 @@ class StepRunner:
             seconds=time.perf_counter() - started,
             report=report,
             bad=bad,
+            data_seconds=waited,
         )
+
+    def position(self, first: int) -> dict[str, Any]:
+        """Where the samples from ``first`` on are found again (see :meth:`Samples.state`)."""
+        return self._blocks.state(self._config.seed, first)
+
+    def close(self) -> None:
+        """End the threads that make samples ahead; :meth:`take` starts them again."""
+        self._prefetch.close()
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of 0-based step ``step``."""

@@ -12,7 +12,9 @@ from its own view (a signal, a loss that is not finite) is agreed on first, so t
 
 from __future__ import annotations
 
+import contextlib
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from spikelm.train.backend import Backend, build_backend, choose_device
 from spikelm.train.checkpoints import CheckpointStore
 from spikelm.train.evaluation import Evaluation
 from spikelm.train.log import RunLog
+from spikelm.train.loss_spikes import LossSpike, LossSpikes
 from spikelm.train.metrics import Metrics
 from spikelm.train.periodic import Periodic
 from spikelm.train.ranks import Ranks, join
@@ -34,6 +37,7 @@ from spikelm.train.setup import build_model, load_text
 from spikelm.train.spikes import SpikeWarnings
 from spikelm.train.step import BadStep, StepRunner, in_words
 from spikelm.train.stop import SIGNALS, StopSignals
+from spikelm.train.trackers import Trackers
 from spikelm.train.training_state import Identity, Progress
 
 if TYPE_CHECKING:
@@ -79,14 +83,16 @@ class Trainer:
                 f"{config.accumulation}; each micro-batch needs a sample: raise batch_size or use fewer ranks"
             )
         self._open_bar = progress if self.ranks.main else silent_progress
-        self._text = load_text(config.data, self._open_bar)
+        self._text = load_text(config.data, self._open_bar, config.batch_size)
         self.tokenizer = self._text.tokenizer
         self._backend: Backend = build_backend(
             build_model(config, self.tokenizer), config, device, self.ranks
         )
         self.model = self._backend.model
         self.out = Path(config.out)
-        self.log = RunLog(self.out / "log.jsonl", silent=not self.ranks.main)
+        self._messages: list[str] = []
+        self._trackers = Trackers(config, self.ranks.main, self._messages.append)
+        self.log = RunLog(self.out / "log.jsonl", silent=not self.ranks.main, follower=self._trackers)
         self.store = CheckpointStore(self.out, config.keep, config.milestone_every, config.keep_best)
         self._identity = Identity(
             config=config.model_dump(mode="json"),
@@ -99,7 +105,8 @@ class Trainer:
         self._title = title
         self._warnings = SpikeWarnings()
         self._runner = StepRunner(config, self._backend, self._text.train)
-        self._metrics = Metrics(config, self.log, self._warnings, self._warn)
+        self._metrics = Metrics(config, self._backend, self.log, self._warnings, self._warn)
+        self._loss_spikes = LossSpikes(config.loss_spike, config.schedule.warmup)
         self._periodic = Periodic(
             config, self._backend, self._text.valid, self.tokenizer, self.log, self._warnings, self._warn
         )
@@ -130,19 +137,22 @@ class Trainer:
         # What a refused step of an earlier call left behind.
         self._backend.clear_gradients()
         self._metrics.restart()
-        self._bad_in_a_row, self._bad_step = 0, 0
-        with self.store.held(self.ranks), self._saving:
-            messages: list[str] = []
-            resumed = self._resume(messages)
+        self._bad_in_a_row = 0
+        self._returns, self._returned_to = 0, -1
+        with self.store.held(self.ranks), contextlib.closing(self._trackers), self._saving:
+            resumed = self._resume(self._messages)
             self._header()
             state = self._state
+            self._metrics.measure(state)
             with (
                 StopSignals() as stop,
+                closing(self._runner),
                 self._open_bar(self._title, config.steps * tokens, "tokens", state.step * tokens) as bar,
             ):
                 self._stop, self._interrupted = stop, None
-                for message in messages:
-                    self._warn(bar, message)
+                if self._trackers.information is not None:
+                    bar.say(self._trackers.information)
+                self._pass_on(bar)
                 self.model.train()
                 if state.step > 0:
                     bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
@@ -153,6 +163,7 @@ class Trainer:
                     before = self._state.step
                     self._train_step(bar)
                     self._saving.check(bar)
+                    self._pass_on(bar)
                     if self._state.step <= before:
                         continue
                     bar.advance(tokens)
@@ -160,6 +171,8 @@ class Trainer:
                     if self._saving.due(self._state, self._stopped()):
                         self._saving.save(self._state, bar)
                         saved = self._state.step
+                used = self._text.train.epochs(config.seed, self._state.samples)
+                self.log.write("data", {"step": self._state.step, "epochs": used})
                 interrupted, step = self._interrupted, self._state.step
                 if interrupted is not None and saved != step:
                     # The signal came after it was asked whether to save.
@@ -168,6 +181,8 @@ class Trainer:
                 if interrupted is not None:
                     bar.say(f"{interrupted}: stopped after step {step}; the same command continues")
                     self.log.write("interrupted", {"step": step, "signal": interrupted})
+                self._trackers.close()
+                self._pass_on(bar)
             self.model.eval()
         return self._result(resumed, interrupted)
 
@@ -182,29 +197,69 @@ class Trainer:
         meter = self._metrics.meter(state.step)
         outcome = self._runner.take(state.samples, state.step, meter)
         if outcome.bad is not None:
-            self._refuse(outcome.bad, bar)
+            self._refuse(outcome.bad, bar, self.config.on_bad_step)
             return
-        if state.step + 1 >= self._bad_step:
-            # Steps that are done again after a roll-back do not make up for a bad one.
-            self._bad_in_a_row = 0
+        self._bad_in_a_row = 0
+        norm = None if outcome.report is None else outcome.report.grad_norm
+        loss = outcome.nats / outcome.count
+        spike = self._loss_spikes.see(state, self.config.batch_size, loss, norm)
+        spike = self._loss_spikes.agreed(spike, self.ranks)
+        action = self.config.loss_spike.action
+        if spike is not None and action == "rollback" and self._newest(bar) >= 0:
+            self._refuse(spike.bad_step(), bar, "rollback", updated=True)
+            return
         lr = self._runner.learning_rate(state.step)
         self._metrics.count(state, outcome, lr, meter, bar)
+        if spike is not None:
+            self._tell(spike, bar, stop=action != "warn")
 
-    def _refuse(self, bad: BadStep, bar: Bar) -> None:
-        """A step whose loss or gradient is not finite: stop, pass over its samples, or go back first.
+    def _tell(self, spike: LossSpike, bar: Bar, stop: bool) -> None:
+        """Log a loss spike whose step was counted, and stop where the configuration says so.
 
         Raises:
-            TrainingError: the policy is ``stop``, too many steps in a row were bad, or there is nothing to go
-                back to.
+            TrainingError: the action is ``stop``, or ``rollback`` and there is no checkpoint yet.
+        """
+        place = f"step {spike.step}, samples {spike.first} to {spike.last}"
+        self.log.write("loss_spike", {"step": self._state.step, **spike.to_dict()})
+        if not stop:
+            bar.say(f"warning: {spike.words()} in {place}")
+            return
+        self._saving.finish(bar)
+        kept = self.store.steps()
+        rest = (
+            f"{self.store.path(kept[-1])} is from before" if kept else "there is no checkpoint to go back to"
+        )
+        message = (
+            f"{spike.words()} in {place}: stopped after the update; {rest}; lower optim.lr, look at these "
+            "samples, or use loss_spike.action=warn to go on, rollback to pass over them"
+        )
+        self.log.write("stopped", {"step": self._state.step, "at": spike.step, "reason": message})
+        raise TrainingError(message)
+
+    def _refuse(self, bad: BadStep, bar: Bar, policy: str, updated: bool = False) -> None:
+        """A step that must not count: stop, pass over its samples, or go back first.
+
+        Args:
+            bad: what is wrong with it.
+            bar: shows what is done.
+            policy: ``stop``, ``skip`` or ``rollback``.
+            updated: whether the weights were changed by it (then only going back helps).
+
+        Raises:
+            TrainingError: the policy is ``stop``, too many steps in a row were bad, the run went back to one
+                checkpoint too often, or there is nothing to go back to.
         """
         config, state = self.config, self._state
         at = state.step + 1
         words = in_words(bad, at, config.accumulation, self.ranks.world_size)
         self._bad_in_a_row += 1
-        self._bad_step = max(self._bad_step, at)
         # What is said below about checkpoints, and what is rolled back to, should not be half written.
         self._saving.finish(bar)
-        policy = config.on_bad_step
+        if policy == "rollback":
+            newest = self._newest(bar)
+            self._returns = self._returns + 1 if newest == self._returned_to else 1
+            self._returned_to = newest
+        times = max(self._bad_in_a_row, self._returns)
         event = {
             "at": at,
             "reason": words,
@@ -215,12 +270,14 @@ class Trainer:
             "batch": [state.samples, state.samples + config.batch_size - 1],
             "parameters": list(bad.parameters),
         }
-        if policy == "stop" or self._bad_in_a_row > config.bad_step_limit:
+        if policy == "stop" or times > config.bad_step_limit:
             kept = self.store.steps()
             rest = f"{self.store.path(kept[-1])} is intact" if kept else "no checkpoint was written yet"
-            many = f" for the {self._bad_in_a_row}th time in a row" if policy != "stop" else ""
+            again = "in a row" if self._bad_in_a_row == times else f"since step {self._returned_to}"
+            many = f" ({times} times {again})" if policy != "stop" else ""
+            when = "after" if updated else "before"
             message = (
-                f"{words}{many}: stopped before the update; {rest}; lower optim.lr or look at these samples"
+                f"{words}{many}: stopped {when} the update; {rest}; lower optim.lr or look at these samples"
             )
             self.log.write("stopped", {"step": at, **event, "reason": message})
             raise TrainingError(message)
@@ -246,6 +303,11 @@ class Trainer:
             self._warn(bar, message)
         bar.say(f"warning: {words}: back to step {before.step}, its batch will be passed over")
 
+    def _newest(self, bar: Bar) -> int:
+        """Step of the newest checkpoint as rank 0 sees it, or -1; one being written is waited for."""
+        self._saving.finish(bar)
+        return int(self.ranks.broadcast((self.store.steps() or [-1])[-1]))
+
     # --- stopping -------------------------------------------------------------------------------------------
 
     def _stopped(self) -> bool:
@@ -263,6 +325,7 @@ class Trainer:
         found = self._saving.resume(messages.append)
         if found is None:
             return None
+        self._text.train.restore(found.data)
         self._state = found
         return found.step
 
@@ -273,7 +336,6 @@ class Trainer:
             self.log.start()
         else:
             self.log.rewind(step)
-        text = self._text
         self.log.write(
             "run" if step == 0 else "resume",
             {
@@ -281,12 +343,7 @@ class Trainer:
                 "config": self._identity.config,
                 "model": self._identity.model,
                 "parameters": self.model.num_parameters(),
-                "data": {
-                    "train_tokens": text.train.num_tokens,
-                    "train_bytes": text.train.num_bytes,
-                    "valid_tokens": None if text.valid is None else text.valid.num_tokens,
-                    **self._identity.data,
-                },
+                "data": {**self._text.describe(), **self._identity.data},
                 "backend": self._backend.name,
                 "device": str(self._backend.device),
                 "threads": torch.get_num_threads(),
@@ -294,6 +351,11 @@ class Trainer:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )
+
+    def _pass_on(self, bar: Bar) -> None:
+        """Warn of what was found where there was no bar."""
+        while self._messages:
+            self._warn(bar, self._messages.pop(0))
 
     def _warn(self, bar: Bar, text: str) -> None:
         bar.say(f"warning: {text}")

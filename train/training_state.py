@@ -26,14 +26,16 @@ FREE_KEYS = frozenset(
     {
         *("backend", "deepspeed", "timeout", "on_bad_step", "bad_step_limit"),
         *("async_checkpoints", "keep_best", "milestone_every"),
+        *("loss_spike", "trackers", "measure_mfu"),
         *("out", "resume", "device", "accumulation", "gradient_checkpointing", "keep", "log_every"),
         *("eval_every", "eval_batches", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every"),
         *("data.train", "data.valid", "data.tokenizer", "data.cache", "steps", "model"),
+        *("data.stream", "data.shuffle_buffer", "data.carried", "data.prefetch"),
     }
 )
 """Configuration keys that may differ on resume: they do not say which run it is. (``model`` is compared in
-its resolved form, text and tokenizer by their fingerprints, because a file may move; ``steps`` may be changed
-to make a run longer or shorter.)"""
+its resolved form, text, its options and the tokenizer by their fingerprints, because a file may move;
+``steps`` may be changed to make a run longer or shorter.)"""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,8 @@ class Progress:
         seconds: time spent in training steps, over all resumes.
         nats, count, nbytes, aux: sums since the last log line (nats, counted tokens, their UTF-8 bytes,
             auxiliary losses), so that a resumed run logs the same means.
-        interval: steps since the last log line.
+        interval, clipped: steps since the last log line, and those whose gradient was clipped.
+        recent: what the detector of loss spikes remembers (:class:`spikelm.train.loss_spikes.Recent`).
         evaluated: step of the last evaluation (-1: none).
         evaluation: the last evaluation as JSON values, or None.
         best, best_step: lowest held-out bits per byte so far and the step it was measured at (None and -1: no
@@ -56,6 +59,7 @@ class Progress:
         train_loss: mean nats per token at the last log line, or None.
         avoid: first samples of the batches that are passed over, because a loss or gradient of theirs was not
             finite.
+        data: where the text is read on (see :meth:`spikelm.data.samples.Samples.state`).
     """
 
     step: int = 0
@@ -67,6 +71,8 @@ class Progress:
     nbytes: int = 0
     aux: float = 0.0
     interval: int = 0
+    clipped: int = 0
+    recent: dict[str, Any] = field(default_factory=dict)
     evaluated: int = -1
     evaluation: dict[str, Any] | None = None
     best: float | None = None
@@ -74,6 +80,7 @@ class Progress:
     sampled: int = -1
     train_loss: float | None = None
     avoid: list[int] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,9 @@ class Identity:
         mine, theirs = self._flat(), other._flat()
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
-                found.append(f"{key} is {theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now")
+                carried = key == "batch_size" and self.data.get("data.carried")
+                why = ", and every lane of a carried run keeps a state of its own" if carried else ""
+                found.append(f"{key} is {theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now{why}")
         return found
 
     def _flat(self) -> dict[str, Any]:

@@ -40,6 +40,11 @@ COMMANDS: dict[str, Command] = {
         summary="Train a small spiking model and its twin, measure both, let them write.",
     ),
     "train": Command(target="spikelm.cli.train:train", summary="Pretrain a model from a configuration."),
+    "plot": Command(target="spikelm.cli.plot:plot", summary="Draw and sum up training runs from their logs."),
+    "finetune": Command(
+        target="spikelm.cli.finetune:finetune",
+        summary="Make a text classifier of a checkpoint, or train one from scratch.",
+    ),
     "eval": Command(
         target="spikelm.cli.evaluate:evaluate",
         summary="Measure a checkpoint: bits per byte, perplexity, spike rates.",
@@ -52,10 +57,17 @@ COMMANDS: dict[str, Command] = {
         summary="Copy a checkpoint for others: model, tokenizer and card in the Hugging Face layout.",
     ),
     "convert": Command(target="spikelm.cli.convert:app", summary="Turn published weights into a checkpoint."),
+    "data": Command(
+        target="spikelm.cli.data:app", summary="Look at training text, turn it into tokens, check them."
+    ),
     "tokenizer": Command(target="spikelm.cli.tokenizer:app", summary="Train and look at tokenizers."),
     "inspect": Command(
         target="spikelm.cli.inspect:inspect",
         summary="Show a model's parameters, state and parts, without loading its weights.",
+    ),
+    "plan": Command(
+        target="spikelm.cli.plan:plan",
+        summary="Tell what recipes cost: parameters, tokens, FLOPs, hours, disk.",
     ),
     "doctor": Command(
         target="spikelm.cli.doctor:doctor",

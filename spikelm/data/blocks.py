@@ -9,56 +9,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from spikelm.data.permutation import key, permute
+from spikelm.data.samples import IGNORE, Batch, Samples, check_block_length, make_batch
 from spikelm.data.source import Source, open_source
-from spikelm.data.store import FORMAT_VERSION, Index, TokenStore, check_tokens, tokenise
+from spikelm.data.store import FORMAT_VERSION, Index, TokenStore, tokenise
 from spikelm.errors import DataError
 from spikelm.tokenizer import TokenArray, Tokenizer
 
-if TYPE_CHECKING:
-    import torch
-
-IGNORE = -100
-"""Target that counts in no loss (torch's default ``ignore_index``)."""
+__all__ = ["IGNORE", "Batch", "TokenBlocks"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Samples of a training or evaluation step, on the CPU unless moved.
-
-    Attributes:
-        inputs: int64 [B, T], tokens.
-        targets: int64 [B, T], the token that follows each input, or -100 where none is to be predicted.
-        reset: bool [B, T], true where a document begins: the state starts anew before that token.
-        samples: int64 [B], global numbers of the samples.
-        target_bytes: int64 [B], UTF-8 bytes that the counted targets of each row stand for.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    reset: torch.Tensor
-    samples: torch.Tensor
-    target_bytes: torch.Tensor
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
-        return Batch(
-            inputs=self.inputs.to(device),
-            targets=self.targets.to(device),
-            reset=self.reset.to(device),
-            samples=self.samples.to(device),
-            target_bytes=self.target_bytes.to(device),
-        )
-
-
-class TokenBlocks:
+class TokenBlocks(Samples):
     """Blocks of ``block_length`` tokens of a store.
 
     The last tokens that fill no whole block are left out. A document's last token predicts the next
@@ -76,15 +43,12 @@ class TokenBlocks:
     """
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer, block_length: int) -> None:
-        if isinstance(block_length, bool) or not isinstance(block_length, int) or block_length < 1:
-            raise DataError(f"block_length is {block_length!r}; expected a positive integer")
-        if store.index.tokenizer != tokenizer.sha256:
-            raise DataError(
-                f"{store.where} was written with tokenizer {store.index.tokenizer[:12]}, not {tokenizer!r}"
-            )
-        self.store, self.tokenizer, self.block_length = store, tokenizer, block_length
+        self.block_length = check_block_length(block_length)
+        check_tokenizer(store, tokenizer)
+        self.store, self.tokenizer, self.carried = store, tokenizer, False
         self.tokens, self.starts = store.tokens, store.starts
-        self.num_tokens, self.num_bytes = store.index.num_tokens, store.index.num_bytes
+        self.num_tokens: int = store.index.num_tokens
+        self.num_bytes: int = store.index.num_bytes
         self.eos_id = store.index.eos_id
         self.num_blocks = (self.num_tokens - 1) // block_length
         if self.num_blocks < 1:
@@ -155,14 +119,6 @@ class TokenBlocks:
         end = self.starts[number + 1] if number + 1 < self.num_documents else self.num_tokens
         return self.store.read(int(self.starts[number]), int(end))
 
-    def batch(self, seed: int, first_sample: int, batch_size: int) -> Batch:
-        """Samples ``first_sample`` to ``first_sample + batch_size - 1`` of the order of ``seed``."""
-        if first_sample < 0 or batch_size < 1:
-            raise DataError(
-                f"asked for {batch_size} samples from {first_sample}; expected at least 1 sample from 0 on"
-            )
-        return self.gather(seed, np.arange(first_sample, first_sample + batch_size, dtype=np.int64))
-
     def gather(self, seed: int, samples: npt.NDArray[np.int64]) -> Batch:
         """The samples with these global numbers, int64 [B]; a rank passes its share of a batch."""
         epoch, position = np.divmod(samples, self.num_blocks)
@@ -170,24 +126,38 @@ class TokenBlocks:
 
     def blocks(self, numbers: npt.NDArray[np.int64], samples: npt.NDArray[np.int64] | None = None) -> Batch:
         """The blocks with these numbers, int64 [B], in the order of the text."""
-        import torch
-
         length = self.block_length
         offsets = numbers * length
-        window = np.stack([self.store.read(int(o), int(o) + length + 1) for o in offsets]).astype(np.int64)
-        if window.max() >= self.tokenizer.vocab_size:
-            for row, offset in zip(window, offsets, strict=True):
-                check_tokens(row, self.tokenizer.vocab_size, self.store.where, int(offset))
-        begins = self._begins(offsets)
-        counted = np.ones((len(numbers), length), dtype=bool) if self.eos_id is not None else ~begins[:, 1:]
-        target_bytes = np.where(counted, self.tokenizer.token_bytes[window[:, 1:]], 0).sum(axis=1)
-        return Batch(
-            inputs=torch.from_numpy(np.ascontiguousarray(window[:, :-1])),
-            targets=torch.from_numpy(np.where(counted, window[:, 1:], IGNORE)),
-            reset=torch.from_numpy(np.ascontiguousarray(begins[:, :-1])),
-            samples=torch.from_numpy(np.array(numbers if samples is None else samples, dtype=np.int64)),
-            target_bytes=torch.from_numpy(target_bytes),
+        window = np.empty((len(numbers), length + 1), dtype=np.int64)
+        for row, offset in enumerate(offsets.tolist()):
+            window[row] = self.store.read(offset, offset + length + 1)
+        return make_batch(
+            window,
+            self._begins(offsets),
+            numbers if samples is None else samples,
+            self.tokenizer,
+            self.eos_id is not None,
+            name_of(self.store),
+            offsets,
         )
+
+    def fingerprint(self) -> str:
+        """Hash of the tokens."""
+        return self.store.index.tokens_sha256
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`Samples`."""
+        return {
+            "kind": "blocks",
+            "source": self.store.index.source,
+            "tokens": self.num_tokens,
+            "documents": self.num_documents,
+            "blocks": self.num_blocks,
+        }
+
+    def epochs(self, seed: int, samples: int) -> dict[str, float]:
+        """See :class:`Samples`."""
+        return {self.store.index.source: samples / self.num_blocks}
 
     def _begins(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Bool [B, T + 1]: where a document begins in the window of each block."""
@@ -207,3 +177,20 @@ class TokenBlocks:
             f"TokenBlocks({self.store.index.source}, {self.num_tokens} tokens in {self.num_documents} "
             f"documents, {self.num_blocks} blocks of {self.block_length})"
         )
+
+
+def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
+    """Refuse tokens that another tokenizer made.
+
+    Raises:
+        DataError: naming the source.
+    """
+    if store.index.tokenizer != tokenizer.sha256:
+        raise DataError(
+            f"{name_of(store)} was written with tokenizer {store.index.tokenizer[:12]}, not {tokenizer!r}"
+        )
+
+
+def name_of(store: TokenStore) -> str:
+    """Source and place of a store, for messages."""
+    return f"{store.index.source} ({store.where})"

@@ -10,16 +10,22 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from spikelm.errors import DataError
+
+if TYPE_CHECKING:
+    from spikelm.data.remote import RemoteFile
+
+    Place = Path | RemoteFile
+    """Where a file is; what is read from it is checked in the same way."""
 
 COMPRESSED_SUFFIXES = (".xz", ".gz", ".zst")
 
 
-def plain_suffix(path: Path) -> str:
+def plain_suffix(path: Place) -> str:
     """Suffix of the content in lower case: ``.txt`` for both ``a.txt`` and ``a.TXT.xz``."""
     name = path.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
@@ -28,15 +34,16 @@ def plain_suffix(path: Path) -> str:
 
 
 @contextmanager
-def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+def open_bytes(path: Place) -> Iterator[IO[bytes]]:
     """Open ``path`` for reading its uncompressed bytes.
 
     Raises:
         DataError: the file is missing, unreadable, truncated or corrupted, or zstandard is not installed.
     """
     try:
-        with _opener(path) as stream:
-            yield stream
+        with ExitStack() as stack:
+            raw = stack.enter_context(path.open("rb"))
+            yield stack.enter_context(_uncompressed(path, raw))
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}; give the path of an existing file") from error
     except IsADirectoryError as error:
@@ -47,7 +54,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Place) -> bytes:
     """Whole uncompressed content of ``path``; raises :class:`DataError` like :func:`open_bytes`."""
     with open_bytes(path) as stream:
         return stream.read()
@@ -71,25 +78,30 @@ def decode_utf8(data: bytes, where: str, offset: int = 0) -> str:
         ) from error
 
 
-def _opener(path: Path) -> IO[bytes]:
+def is_compressed(path: Place) -> bool:
+    """Whether :func:`open_bytes` uncompresses it."""
+    return path.suffix.lower() in COMPRESSED_SUFFIXES
+
+
+def _uncompressed(path: Place, raw: IO[bytes]) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".xz":
-        return lzma.open(path, "rb")
+        return lzma.open(raw, "rb")
     if suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(raw, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        return _open_zstandard(path)
-    return path.open("rb")
+        return _open_zstandard(path, raw)
+    return raw
 
 
-def _open_zstandard(path: Path) -> IO[bytes]:
+def _open_zstandard(path: Place, file: IO[bytes]) -> IO[bytes]:
     try:
         import zstandard
     except ImportError as error:
         raise DataError(
             f"{path} is compressed with zstandard, which is not installed; run `pip install zstandard`"
         ) from error
-    raw = _ZstandardStream(path.open("rb"), zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
+    raw = _ZstandardStream(file, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
     return io.BufferedReader(raw, buffer_size=1 << 18)
 
 

@@ -37,6 +37,8 @@ class PythonDocs(Source):
         root: folder of the standard library; that of this Python unless given.
     """
 
+    kind = "documentation of this Python"
+
     def __init__(self, root: Path | None = None) -> None:
         super().__init__("builtin:python-docs")
         self._root = root or Path(sysconfig.get_path("stdlib"))

@@ -1,11 +1,9 @@
-"""Tokens on disk: a source tokenised once into a memory-mapped array, with an index beside it.
+"""Tokens on disk: a source tokenised once into memory-mapped shards, with an index beside them.
 
-A store is a folder: ``tokens.npy`` (1-D, uint16 where the vocabulary has at most 65,536 ids, else uint32),
-``starts.npy`` (int64, where each document begins) and ``index.json``. It is written beside its place and
-renamed into it once complete and on disk, so a store that exists is whole. What may befall it later is found
-by checksums: the index carries its own and those of both arrays, compared when the store is opened, and of
-tokens beyond ``CHECKED_AT_OPEN`` bytes when they are first read. Where the tokenizer has an end-of-document
-token, it follows every document.
+A store is a folder of shards (see :mod:`spikelm.data.shards`) and ``index.json``, which is written last: a
+store that has one is whole. What may befall it later is found by checksums: every index carries its own and
+those of the arrays, compared when the store is opened, and of tokens beyond ``CHECKED_AT_OPEN`` bytes when
+they are first read. Where the tokenizer has an end-of-document token, it follows every document.
 """
 
 from __future__ import annotations
@@ -13,12 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +20,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spikelm.data.checksums import CheckedFile, checksums
-from spikelm.data.source import Source
+from spikelm.data import writing
+from spikelm.data.durable import replace_json
+from spikelm.data.lock import locked
+from spikelm.data.shards import (
+    FORMAT_VERSION,
+    HEADER_BYTES,
+    ShardedTokens,
+    check_tokens,
+    checksum_of,
+    open_shard,
+    read_checked_json,
+    shard_folder,
+)
+from spikelm.data.source import Source, TokenSource
 from spikelm.errors import DataError
 from spikelm.tokenizer import TokenArray, Tokenizer
 
-FORMAT_VERSION = 2
+__all__ = ["FORMAT_VERSION", "Index", "TokenStore", "check_tokens", "open_store", "tokenise", "tokenise_into"]
+
 CHECKED_AT_OPEN = 1 << 28
 """Tokens of at most this many bytes are checked as a whole when a store is opened (about 0.15 s)."""
-_HEADER_BYTES = 128
+DAMAGED = "delete its folder to have the text tokenised again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +54,14 @@ class Index:
         tokenizer: sha256 of the tokenizer.
         vocab_size: ids of the tokenizer.
         eos_id: token that ends every document, or None.
-        dtype: ``uint16`` or ``uint32``.
+        dtype: of the tokens: ``uint16`` or ``uint32``.
         num_tokens, num_documents: counts, the end-of-document tokens included.
         num_bytes: UTF-8 bytes of the documents.
         byte_exact: whether the tokens' byte lengths add up to ``num_bytes``.
-        tokens_sha256: hash of ``tokens.npy``, or of the tokens for a store in memory.
-        tokens_crc32, starts_crc32: checksums of the chunks of both files.
+        tokens_sha256: hash of all tokens, the same however they are cut into shards.
+        fingerprint: sha256 of the source's fingerprint; empty for a store in memory.
+        shard_tokens: tokens of every shard but the last; 0 for a store in memory.
+        shards: checksum of the index of every shard.
         crc32: checksum of all the above.
     """
 
@@ -67,14 +76,14 @@ class Index:
     num_bytes: int
     byte_exact: bool
     tokens_sha256: str
-    tokens_crc32: tuple[int, ...] = ()
-    starts_crc32: tuple[int, ...] = ()
+    fingerprint: str = ""
+    shard_tokens: int = 0
+    shards: tuple[int, ...] = ()
     crc32: int = 0
 
     def checksum(self) -> int:
         """What :attr:`crc32` must be."""
-        content = asdict(replace(self, crc32=0))
-        return zlib.crc32(json.dumps(content, sort_keys=True).encode("ascii"))
+        return checksum_of(asdict(replace(self, crc32=0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +91,18 @@ class TokenStore:
     """A source as tokens.
 
     Attributes:
-        tokens: ids, 1-D, usually a read-only memory map.
+        tokens: ids, 1-D: a read-only memory map, or :class:`ShardedTokens` where there are several shards.
         starts: int64, position of the first token of every document, increasing from 0.
         index: counts and hashes.
         path: folder on disk, or None for a store in memory.
-        file: the file the tokens are in, or None for a store in memory.
+        files: the files the tokens are in, or None for a store in memory.
     """
 
-    tokens: TokenArray
+    tokens: TokenArray | ShardedTokens
     starts: npt.NDArray[np.int64]
     index: Index
     path: Path | None = None
-    file: CheckedFile | None = None
+    files: ShardedTokens | None = None
 
     def read(self, begin: int, end: int) -> TokenArray:
         """Tokens from ``begin`` to ``end``, checked if these were not yet.
@@ -101,41 +110,36 @@ class TokenStore:
         Raises:
             DataError: they are not what was written.
         """
-        if self.file is not None:
-            size = self.tokens.itemsize
-            try:
-                self.file.check(
-                    _HEADER_BYTES + begin * size, _HEADER_BYTES + min(end, len(self.tokens)) * size
-                )
-            except DataError as error:
-                raise DataError(f"{error}; delete its folder to have the text tokenised again") from error
-        return self.tokens[begin:end]
+        if self.files is not None:
+            return self.files.read(begin, end)
+        tokens: TokenArray = self.tokens[begin:end]
+        return tokens
 
     @property
     def where(self) -> str:
         """What to call the tokens in a message."""
-        return str(self.path / "tokens.npy") if self.path else "the tokens in memory"
+        return str(self.path) if self.path else "the tokens in memory"
 
-    def verify(self) -> None:
+    def verify(self, on_progress: Callable[[int], None] | None = None) -> None:
         """Read everything and compare with the index.
 
+        Args:
+            on_progress: called with the number of tokens done.
+
         Raises:
-            DataError: a token is outside the vocabulary or the file is not the one that was written.
+            DataError: a token is outside the vocabulary or a file is not the one that was written.
         """
-        if self.file is not None:
-            self.file.check()
-        check_tokens(self.tokens, self.index.vocab_size, self.where)
-
-
-def check_tokens(tokens: npt.NDArray[Any], vocab_size: int, where: str, offset: int = 0) -> None:
-    """Refuse a token outside the vocabulary, naming where and its position (``offset`` is added)."""
-    bad = np.flatnonzero(np.asarray(tokens) >= vocab_size)
-    if bad.size:
-        position = int(bad[0])
-        raise DataError(
-            f"{where}: token {int(tokens[position])} at position {offset + position} is outside the "
-            f"vocabulary of {vocab_size}; was it written with another tokenizer, or damaged?"
-        )
+        if self.files is None:
+            check_tokens(np.asarray(self.tokens), self.index.vocab_size, self.where)
+            return
+        self.files.verify(self.index.vocab_size, on_progress)
+        digest = hashlib.sha256()
+        for array in self.files.arrays():
+            digest.update(array.view(np.uint8).data)
+        if digest.hexdigest() != self.index.tokens_sha256:
+            raise DataError(
+                f"{self.where} is damaged: the hash of its tokens is not that of its index; {DAMAGED}"
+            )
 
 
 def default_cache_dir() -> Path:
@@ -150,37 +154,99 @@ def tokenise(
     tokenizer: Tokenizer,
     cache_dir: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
+    *,
+    workers: int = 0,
+    shard_tokens: int = writing.SHARD_TOKENS,
 ) -> TokenStore:
     """The tokens of ``source``, from the cache where they are already there.
 
+    Several processes may ask for the same tokens at once: one makes them and the others wait. A run that was
+    interrupted is continued after its last whole shard, and gives the same bytes as one that was not.
+
     Args:
-        source: documents.
+        source: documents, or tokens already (which are opened where they are).
         tokenizer: how to encode them.
         cache_dir: where stores are kept; :func:`default_cache_dir` unless given.
-        on_progress: called with the number of UTF-8 bytes done after every document.
+        on_progress: called with the number of UTF-8 bytes done after every part of a document.
+        workers: processes that tokenise; 0 for one per core. Little text is tokenised without any.
+        shard_tokens: tokens of a shard; an unfinished or finished store keeps the size it has.
 
     Raises:
         DataError: the source is damaged or empty, or the cache cannot be written.
     """
     cache_dir = cache_dir or default_cache_dir()
-    identity = json.dumps([FORMAT_VERSION, source.fingerprint(), tokenizer.sha256, tokenizer.eos_id])
+    if isinstance(source, TokenSource):
+        return source.open_tokens(tokenizer, cache_dir, on_progress)
+    plan = writing.Plan.of(source, tokenizer, shard_tokens)
+    identity = json.dumps(plan.content)
     folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if folder.exists():
-        try:
-            return open_store(folder)
-        except DataError as error:
-            warnings.warn(f"{error} (tokenising {source.name} again)", stacklevel=2)
+    complete = (folder / "index.json").exists
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=cache_dir))
-        try:
-            _write(temporary, source, tokenizer, on_progress)
-            _move_into_place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        while True:
+            store = _found(folder, source)
+            if store is not None:
+                return store
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            # A damaged store must be replaced, so its index says nothing about the work of another process.
+            done = None if complete() else complete
+            with locked(folder, f"tokenising {source.name}", done) as held:
+                if not held:
+                    continue
+                store = _found(folder, source)  # by a process that was faster
+                if store is not None:
+                    return store
+                if complete():
+                    writing.discard(folder)  # damaged
+                started = writing.read_plan(folder)
+                if started is not None and started.content == plan.content:
+                    plan = replace(started, source=source.name)
+                    replace_json(folder / writing.PLAN, asdict(plan))
+                return _write(folder, plan, source, tokenizer, workers, on_progress)
     except OSError as error:
         raise DataError(f"cannot write the token cache {cache_dir}: {error.strerror or error}") from error
-    return open_store(folder)
+
+
+def tokenise_into(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    on_progress: Callable[[int], None] | None = None,
+    *,
+    workers: int = 0,
+    shard_tokens: int = writing.SHARD_TOKENS,
+) -> TokenStore:
+    """Like :func:`tokenise`, into a folder of the caller's choice.
+
+    Raises:
+        DataError: also if the folder holds anything but a store of this source and tokenizer.
+    """
+    if isinstance(source, TokenSource):
+        raise DataError(f"{source.name} holds tokens already; name it as it is, or give text")
+    plan = writing.Plan.of(source, tokenizer, shard_tokens)
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder, f"tokenising {source.name}"):
+            if (folder / "index.json").exists():
+                store = open_store(folder)
+                if not writing.same(store.index, plan):
+                    raise DataError(
+                        f"{folder} already holds {store.index.source} in another state or of another "
+                        f"tokenizer ({store.index.tokenizer[:12]}); give another folder or delete it"
+                    )
+                return store
+            started = writing.read_plan(folder)
+            if started is None and folder.exists() and any(folder.iterdir()):
+                raise DataError(f"{folder} is not empty and holds no token store; give a new folder")
+            if started is not None and replace(started, source=plan.source) != plan:
+                raise DataError(
+                    f"{folder} holds an unfinished store of {started.source} with shards of "
+                    f"{started.shard_tokens} tokens that this command would not continue (another source, "
+                    "tokenizer or shard size); give the same command as before, or delete it"
+                )
+            return _write(folder, started or plan, source, tokenizer, workers, on_progress)
+    except OSError as error:
+        raise DataError(f"cannot write the token store {folder}: {error.strerror or error}") from error
 
 
 def open_store(folder: Path) -> TokenStore:
@@ -190,130 +256,89 @@ def open_store(folder: Path) -> TokenStore:
         DataError: a file is missing, short, of another type, or does not fit the index.
     """
     index = _read_index(folder / "index.json")
-    token_file = _open_array(folder / "tokens.npy", index.dtype, index.num_tokens, index.tokens_crc32)
-    start_file = _open_array(folder / "starts.npy", "int64", index.num_documents, index.starts_crc32)
-    start_file.check()
-    token_file.check(0, None if len(token_file.content) <= CHECKED_AT_OPEN else _HEADER_BYTES)
-    starts = np.array(start_file.content[_HEADER_BYTES:].view(np.int64))
-    if starts[0] != 0 or starts[-1] >= index.num_tokens or not (np.diff(starts) > 0).all():
-        raise DataError(f"{folder / 'starts.npy'} is damaged: document starts must increase from 0")
-    tokens = token_file.content[_HEADER_BYTES:].view(index.dtype)
-    return TokenStore(tokens=tokens, starts=starts, index=index, path=folder, file=token_file)
+    shards = [_open_shard(folder, number, index) for number in range(len(index.shards))]
+    counts = [shard.index.num_tokens for shard in shards]
+    bounds = np.cumsum([0, *counts], dtype=np.int64)
+    starts = np.concatenate([s.starts + begin for s, begin in zip(shards, bounds, strict=False)])
+    if sum(counts) != index.num_tokens or len(starts) != index.num_documents or starts[0] != 0:
+        raise DataError(
+            f"{folder} is damaged: its shards hold {sum(counts)} tokens in {len(starts)} documents and its "
+            f"index describes {index.num_tokens} in {index.num_documents}"
+        )
+    files = ShardedTokens([shard.file for shard in shards], counts, index.dtype, HEADER_BYTES, DAMAGED)
+    whole = index.num_tokens * np.dtype(index.dtype).itemsize <= CHECKED_AT_OPEN
+    for shard in shards:
+        shard.file.check(0, None if whole else HEADER_BYTES)
+    return TokenStore(tokens=files.whole, starts=starts, index=index, path=folder, files=files)
+
+
+def _open_shard(folder: Path, number: int, index: Index) -> Any:
+    path = shard_folder(folder, number)
+    if not path.exists():
+        raise DataError(
+            f"{path} is missing: shard {number} of {len(index.shards)}; copy it again, or {DAMAGED}"
+        )
+    shard = open_shard(path, number)
+    if shard.index.crc32 != index.shards[number] or shard.index.dtype != index.dtype:
+        raise DataError(f"{path} is a shard of another store than {folder / 'index.json'}; {DAMAGED}")
+    return shard
+
+
+def _found(folder: Path, source: Source) -> TokenStore | None:
+    """The complete store in ``folder``; None, with a warning where it is damaged, if it must be made."""
+    if not (folder / "index.json").exists():
+        return None
+    try:
+        store = open_store(folder)
+        writing.tidy(folder)  # what a process left that was killed just before
+        return store
+    except DataError as error:
+        warnings.warn(f"{error} (tokenising {source.name} again)", stacklevel=3)
+        return None
 
 
 def _write(
-    folder: Path, source: Source, tokenizer: Tokenizer, on_progress: Callable[[int], None] | None
-) -> None:
-    num_bytes = token_bytes = num_tokens = 0
-    starts: list[int] = []
-    pending: deque[int] = deque()  # bytes of the documents handed to the tokenizer
-
-    def measured() -> Iterator[str]:
-        for text in source.documents():
-            pending.append(len(text.encode("utf-8", errors="surrogatepass")))
-            yield text
-
-    ending = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=tokenizer.dtype)
-    with (folder / "tokens.npy").open("w+b") as file:
-        file.write(bytes(_HEADER_BYTES))
-        for ids in tokenizer.encode_arrays(measured()):
-            num_bytes += pending.popleft()
-            if not len(ids):  # a tokenizer may drop what it does not know
-                continue
-            starts.append(num_tokens)
-            file.write(ids.tobytes())
-            file.write(ending.tobytes())
-            num_tokens += len(ids) + len(ending)
-            token_bytes += int(tokenizer.token_bytes[ids].sum())
-            if on_progress is not None:
-                on_progress(num_bytes)
-        file.seek(0)
-        file.write(_npy_header(tokenizer.dtype, num_tokens))
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not starts:
-        raise DataError(f"{source.name} gives no tokens with {tokenizer!r}")
-    with (folder / "starts.npy").open("wb") as starts_file:
-        starts_file.write(_npy_header(np.dtype(np.int64), len(starts)))
-        starts_file.write(np.array(starts, dtype=np.int64).tobytes())
-        starts_file.flush()
-        os.fsync(starts_file.fileno())
+    folder: Path,
+    plan: writing.Plan,
+    source: Source,
+    tokenizer: Tokenizer,
+    workers: int,
+    on_progress: Callable[[int], None] | None,
+) -> TokenStore:
+    written = writing.write_shards(folder, plan, source, tokenizer, workers, on_progress)
+    if writing.Plan.of(source, tokenizer, plan.shard_tokens).content != plan.content:
+        writing.discard(folder)
+        raise DataError(f"{source.name} changed while it was tokenised; give the command again")
     index = Index(
         format_version=FORMAT_VERSION,
-        source=source.name,
-        tokenizer=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        dtype=tokenizer.dtype.name,
-        num_tokens=num_tokens,
-        num_documents=len(starts),
-        num_bytes=num_bytes,
-        byte_exact=token_bytes == num_bytes,
-        tokens_sha256=digest,
-        tokens_crc32=tuple(checksums(folder / "tokens.npy")),
-        starts_crc32=tuple(checksums(folder / "starts.npy")),
+        source=plan.source,
+        tokenizer=plan.tokenizer,
+        vocab_size=plan.vocab_size,
+        eos_id=plan.eos_id,
+        dtype=plan.dtype,
+        num_tokens=written.num_tokens,
+        num_documents=written.num_documents,
+        num_bytes=written.end.num_bytes,
+        byte_exact=written.end.token_bytes == written.end.num_bytes,
+        tokens_sha256=written.sha256,
+        fingerprint=plan.fingerprint,
+        shard_tokens=plan.shard_tokens,
+        shards=written.shards,
     )
-    index = replace(index, crc32=index.checksum())
-    with (folder / "index.json").open("w", encoding="utf-8") as text_file:
-        json.dump(asdict(index), text_file, indent=2)
-        text_file.flush()
-        os.fsync(text_file.fileno())
-
-
-def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
-    """Header of a 1-D .npy file (format 1.0) that always takes the same number of bytes."""
-    text = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': ({count},), }}"
-    room = _HEADER_BYTES - 10
-    return b"\x93NUMPY\x01\x00" + room.to_bytes(2, "little") + text.ljust(room - 1).encode("ascii") + b"\n"
-
-
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename, unless another process was faster; a damaged store in the way is removed."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        try:
-            open_store(folder)
-        except DataError:
-            shutil.rmtree(folder)
-            temporary.rename(folder)
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    replace_json(folder / "index.json", asdict(replace(index, crc32=index.checksum())))
+    writing.tidy(folder)
+    return open_store(folder)
 
 
 def _read_index(path: Path) -> Index:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path.parent} is no token store: it has no {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} does not describe a token store of format {FORMAT_VERSION}")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path} has format {content.get('format_version')}; expected {FORMAT_VERSION}")
-    if set(content) != {field.name for field in fields(Index)}:
-        raise DataError(f"{path} does not describe a token store of format {FORMAT_VERSION}")
-    content |= {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+    content = read_checked_json(path, "token store", {field.name for field in fields(Index)})
     index = Index(**content)
     # The checksum first: an index that has not changed needs no doubt about the type of each value.
     if index.crc32 != index.checksum():
         raise DataError(f"{path} is damaged: its checksum is not the one that was written")
-    if index.num_documents < 1 or index.num_tokens < 1:
+    if index.num_documents < 1 or index.num_tokens < 1 or not index.shards:
         raise DataError(
             f"{path} describes {index.num_tokens} tokens in {index.num_documents} documents; "
             f"expected at least one of each"
         )
     return index
-
-
-def _open_array(path: Path, dtype: str, count: int, expected: tuple[int, ...]) -> CheckedFile:
-    return CheckedFile(path, _HEADER_BYTES + count * np.dtype(dtype).itemsize, expected)

@@ -6,7 +6,7 @@ The functions read and build the JSON object of the ``tokenizers`` library (``sp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,64 @@ def is_byte_vocabulary(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> boo
 def is_byte_level(spec: Mapping[str, Any]) -> bool:
     """Whether every token is a fixed string of bytes."""
     decoder = spec.get("decoder")
-    return isinstance(decoder, Mapping) and decoder.get("type") == "ByteLevel"
+    byte_level = isinstance(decoder, Mapping) and decoder.get("type") == "ByteLevel"
+    return byte_level or is_character_level(spec)
+
+
+_BYTE_FALLBACK = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+
+
+def character_spec(characters: Iterable[str], special_tokens: Sequence[str] = ()) -> dict[str, Any]:
+    """Specification of a tokenizer of characters that knows no unknown one.
+
+    Ids: the special tokens, the 128 characters of ASCII, the 128 bytes above them (what another character's
+    UTF-8 consists of), then ``characters``.
+
+    Args:
+        characters: those beyond ASCII that have an id of their own, most frequent first.
+        special_tokens: as ``<|endoftext|>``.
+    """
+    names = [*map(chr, range(128)), *(f"<0x{value:02X}>" for value in range(128, 256)), *characters]
+    first = len(special_tokens)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added_token(i, {"content": content, "special": True}) for i, content in enumerate(special_tokens)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": _BYTE_FALLBACK,
+        "model": {
+            "type": "BPE",
+            "vocab": {
+                **{content: i for i, content in enumerate(special_tokens)},
+                **{name: first + i for i, name in enumerate(names)},
+            },
+            "merges": [],
+            "unk_token": None,
+            "fuse_unk": False,
+            "byte_fallback": True,
+        },
+    }
+
+
+def is_character_level(spec: Mapping[str, Any]) -> bool:
+    """Whether this is a specification as :func:`character_spec` makes them."""
+    model = spec["model"]
+    vocab = model.get("vocab")
+    if not (
+        isinstance(vocab, Mapping)
+        and model.get("byte_fallback")
+        and not model.get("merges")
+        and spec.get("decoder") == _BYTE_FALLBACK
+        and not any(spec.get(key) for key in ("normalizer", "pre_tokenizer"))
+    ):
+        return False
+    special = {token.get("content") for token in spec.get("added_tokens") or []}
+    return all(len(name) == 1 or _byte_of(name) is not None or name in special for name in vocab)
 
 
 def vocabulary(spec: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:
@@ -110,7 +167,11 @@ def pieces(
 ) -> list[bytes]:
     """UTF-8 bytes of every id; empty for special tokens and ids that are not used."""
     result = [b""] * size
-    piece_of = _byte_level_piece if is_byte_level(spec) else _text_piece
+    piece_of = _text_piece
+    if is_character_level(spec):
+        piece_of = _character_piece
+    elif is_byte_level(spec):
+        piece_of = _byte_level_piece
     for name, i in vocab.items():
         result[i] = piece_of(name)
     for i, token in added.items():
@@ -173,10 +234,21 @@ def _byte_level_piece(name: str) -> bytes:
         return name.encode("utf-8")
 
 
-def _text_piece(name: str) -> bytes:
+def _byte_of(name: str) -> bytes | None:
+    """The byte that ``<0xNN>`` stands for, or None for another name."""
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         try:
             return bytes([int(name[3:5], 16)])
         except ValueError:
-            return name.encode("utf-8")
+            return None
+    return None
+
+
+def _character_piece(name: str) -> bytes:
+    return _byte_of(name) or name.encode("utf-8")
+
+
+def _text_piece(name: str) -> bytes:
+    if (byte := _byte_of(name)) is not None:
+        return byte
     return name.removeprefix("##").replace("\u2581", " ").encode("utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spikelm.data import open_source
-from spikelm.data.files import TEXT_SUFFIXES
+from spikelm.data.files import RECORD_SUFFIXES, TEXT_SUFFIXES
 from spikelm.data.python_docs import PythonDocs
 from spikelm.errors import DataError
 
@@ -139,8 +139,20 @@ def test_an_empty_share_is_told(tmp_path: Path) -> None:
 
 
 def test_the_manual_lists_the_suffixes() -> None:
-    manual = Path(__file__).parents[2] / "docs" / "training.md"
-    assert " ".join(sorted(TEXT_SUFFIXES)) in manual.read_text(encoding="utf-8")
+    docs = Path(__file__).parents[2] / "docs"
+    for name in ("training.md", "data.md"):
+        assert " ".join(sorted(TEXT_SUFFIXES)) in (docs / name).read_text(encoding="utf-8")
+    manual = (docs / "data.md").read_text(encoding="utf-8")
+    assert all(f"{suffix}" in manual for suffix in RECORD_SUFFIXES)
+
+
+def test_the_example_of_the_manual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manual = Path(__file__).parents[2] / "docs" / "data.md"
+    example = manual.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert len(names["blocks"].store.index.shards) > 1  # type: ignore[attr-defined]
 
 
 def test_fingerprint_follows_the_files(folder: Path) -> None:
@@ -247,7 +259,7 @@ def test_python_without_sources(tmp_path: Path) -> None:
         ("absent.jsonl#text", "there is no data source absent.jsonl"),
         ("builtin:python", "unknown builtin source 'python'; did you mean 'python-docs'"),
         ("builtin:python-docs#vaild", "did you mean 'valid'"),
-        ("{dir}/a.txt#text", "which only .jsonl files have"),
+        ("{dir}/a.txt#text", "which only .jsonl"),
         ("{dir}/none", "holds no text files"),
         ("{dir}#test", "unknown part 'test'"),
     ],

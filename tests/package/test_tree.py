@@ -41,7 +41,7 @@ def test_version_is_the_installed_one() -> None:
 
 def test_extras_and_constraints() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"train", "gpu", "serve", "eval", "dev"}
+    assert set(project["optional-dependencies"]) == {"train", "gpu", "serve", "eval", "trackers", "dev"}
     assert not [line for line in project["dependencies"] if "==" in line]
     pins = (ROOT / "constraints" / "cpu.txt").read_text().split()
     assert {"torch==2.13.0", "triton==3.7.1"} <= set(pins)

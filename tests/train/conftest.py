@@ -54,6 +54,8 @@ def tiny(folder: Path) -> MakeValues:
             "checkpoint_every": 3,
             "log_every": 2,
             "device": "cpu",
+            "trackers": [],
+            "measure_mfu": False,
             "out": str(folder / "run"),
         }
         nest(values, {key.replace("__", "."): value for key, value in changes.items()})

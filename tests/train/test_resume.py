@@ -24,7 +24,7 @@ from spikelm.train.log import RunLog
 from spikelm.train.result import TrainResult
 from spikelm.train.trainer import Trainer
 
-TIMES = ("tokens_per_second", "seconds", "time")
+TIMES = ("tokens_per_second", "seconds", "step_seconds", "data_seconds", "mfu", "memory", "time")
 
 
 def run(values: dict[str, Any]) -> TrainResult:
