@@ -70,6 +70,7 @@ def measure(model: str, repeats: int, folder: Path) -> dict[str, Any]:
             trainer._identity,
             trainer.log,
             lambda bar, text: None,
+            trainer.model.num_parameters(),
         )
         for name in ("synchronous", "asynchronous")
     }

@@ -106,7 +106,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """Features of this processor: two machines that share a home folder must not share libraries."""
     cpuinfo = Path("/proc/cpuinfo")
     wanted = ("flags", "Features", "model name", "isa", "CPU part")
@@ -144,7 +144,7 @@ def _key(source: Path, command: list[str], flags: tuple[str, ...]) -> str:
         *command,
         _version(tuple(command)),
         *flags,
-        _processor(),
+        processor(),
     ):
         digest.update(part.encode())
         digest.update(b"\0")

@@ -333,6 +333,27 @@ def _cache() -> Finding:
     return Finding(name="cache", verdict="ok", found=", ".join(words), details={"bytes": sizes})
 
 
+def _deepspeed_ops() -> Finding:
+    from spikelm.errors import SpikeLMError
+    from spikelm.train import ops
+
+    name = "DeepSpeed ops"
+    try:
+        root = ops.folder()
+    except SpikeLMError:
+        return Finding(name=name, verdict="ok", found="DeepSpeed is not installed; plain torch needs none")
+    built = [op for op in ops.BUILDERS if ops.is_built(op, root)]
+    details = {"built": built, "path": str(root)}
+    found = (
+        f"{', '.join(built)} in {root}" if built else f"none built yet (only offload needs them; in {root})"
+    )
+    try:
+        ops.compiler()
+    except SpikeLMError as error:
+        return Finding(name=name, verdict="warn", found=found, mend=f"{error}.", details=details)
+    return Finding(name=name, verdict="ok", found=found, details=details)
+
+
 _CHECKS: Mapping[str, Callable[[], Finding]] = {
     "python": _python,
     "spikelm": _package,
@@ -345,6 +366,7 @@ _CHECKS: Mapping[str, Callable[[], Finding]] = {
     "C compiler": _compiler,
     "kernels": _kernels,
     "extras": _extras,
+    "DeepSpeed ops": _deepspeed_ops,
     "disk": _disk,
     "cache": _cache,
 }

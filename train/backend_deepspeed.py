@@ -31,6 +31,7 @@ from spikelm.train.backend import MODEL, OPTIMIZER, Backend, LossModule, Read, W
 from spikelm.train.backend_torch import model_tensors
 from spikelm.train.deepspeed_config import complete, offloads_optimizer, read_settings, stage_of
 from spikelm.train.gradients import GradientWatch
+from spikelm.train.ops import prepare
 from spikelm.train.optim import StepReport, build_optimizers, optimizer_step
 from spikelm.train.ranks import Ranks
 
@@ -51,6 +52,7 @@ class DeepSpeedBackend(Backend):
             ConfigError: DeepSpeed is not installed, or the settings cannot be used.
         """
         settings = read_settings(config.deepspeed or "zero1")
+        prepare(settings)
         self.device, self.ranks = device, ranks
         self.stage = stage_of(settings)
         self.name = f"deepspeed-zero{self.stage}"

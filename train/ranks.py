@@ -23,8 +23,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from spikelm.errors import ConfigError, TrainingError
+from spikelm.train.watchdog import Phases, Unwatched
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+PATIENCE = 10
+"""A collective gives up after this many timeouts: the watchdog, which names the rank that hangs, comes first,
+and the others may have to wait for rank 0's checkpoint."""
+
+MEET = 300.0
+"""Seconds that ranks have to come together: machines start at different times, imports over NFS are slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,9 @@ class Ranks:
         device: where tensors of a collective must be (the GPU under nccl, else the CPU).
         store: key-value store that all ranks reach (None for one process); it works beside a collective that
             hangs.
-        timeout: seconds after which a collective that some rank does not join is an error.
+        timeout: seconds without progress after which the run ends with an error.
+        watchdog: told what this process does; the program's one ends it when it hangs (a library user has
+            none).
     """
 
     rank: int = 0
@@ -47,6 +57,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: Any = None
     timeout: float = 600.0
+    watchdog: Phases = field(default_factory=Unwatched)
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -118,7 +129,7 @@ def join(timeout: float, device: torch.device) -> Ranks:
     """Take this process's place among the ranks that the launcher started.
 
     Args:
-        timeout: seconds that a collective waits for every rank before it is an error.
+        timeout: seconds without progress that end a run; ranks have at least :data:`MEET` to meet here.
         device: where this process computes; decides between nccl and gloo.
 
     Raises:
@@ -138,16 +149,17 @@ def join(timeout: float, device: torch.device) -> Ranks:
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE {world_size}; ranks count from 0")
     wait = datetime.timedelta(seconds=timeout)
+    meet = datetime.timedelta(seconds=max(timeout, MEET))
     try:
         if not dist.is_initialized():
-            store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=wait))
+            store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=meet))
             store.set_timeout(wait)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore("spikelm", store),
                 rank=rank,
                 world_size=world_size,
-                timeout=wait,
+                timeout=PATIENCE * wait,
             )
         else:
             store = None

@@ -47,6 +47,7 @@ class Saving:
         identity: says whether a checkpoint belongs to this run.
         log: told about every checkpoint; its curve goes into the model card.
         warn: shows and logs a warning.
+        parameters: of the whole model, for its card.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class Saving:
         identity: Identity,
         log: RunLog,
         warn: Callable[[Bar, str], None],
+        parameters: int,
     ) -> None:
         self._config, self._store = config, store
         self._backend, self._runner = backend, runner
         self._tokenizer, self._identity = tokenizer, identity
-        self._log, self._warn = log, warn
+        self._log, self._warn, self._parameters = log, warn, parameters
         self._snapshot = Snapshot(backend.ranks)
         self._write: Write | None = None
         self._blocked = self._waited = 0.0
@@ -224,7 +226,7 @@ class Saving:
         card = model_card(
             record,
             self._log.read(),
-            parameters=model.num_parameters(),
+            parameters=self._parameters,
             backend=self._backend.name,
             world_size=self._backend.ranks.world_size,
         )

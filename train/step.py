@@ -21,6 +21,7 @@ from spikelm.train.batches import MicroBatch, pieces
 from spikelm.train.optim import StepReport
 from spikelm.train.prefetch import Prefetch
 from spikelm.train.schedule import learning_rate
+from spikelm.train.watchdog import LONG
 
 if TYPE_CHECKING:
     from spikelm.data.samples import Samples
@@ -88,6 +89,7 @@ class StepRunner:
         self._config, self._backend, self._blocks = config, backend, blocks
         self._prefetch = Prefetch(blocks, config, backend.ranks)
         self._carried = blocks.carried
+        self._fresh = True
         self._lanes: dict[int, State] = {}
         """State of the lanes of each micro-batch, by its first lane."""
 
@@ -107,8 +109,10 @@ class StepRunner:
         """
         config, backend = self._config, self._backend
         ranks = backend.ranks
+        watch, first_of_all = ranks.watchdog, LONG if self._fresh else 0.0  # kernels are compiled
         started = time.perf_counter()
-        batches = self._prefetch.take(first)
+        with watch.phase("data"):
+            batches = self._prefetch.take(first)
         waited = time.perf_counter() - started
         mine = sum(batch.count for batch in batches)
         total, nbytes = (int(v) for v in ranks.totals(mine, sum(batch.nbytes for batch in batches)))
@@ -130,8 +134,9 @@ class StepRunner:
             )
             lane = batch.first - first
             state = self._lanes.get(lane) if self._carried else None
-            output = backend.loss(batch.inputs, batch.targets, state, ctx, last=last_one)
-            value = float(output.loss.detach())
+            with watch.phase("forward", allowance=first_of_all):
+                output = backend.loss(batch.inputs, batch.targets, state, ctx, last=last_one)
+                value = float(output.loss.detach())
             if not ranks.agree(math.isfinite(value)):
                 backend.clear_gradients()
                 return StepOutcome(
@@ -144,12 +149,15 @@ class StepRunner:
                     bad=self._bad_loss(value, on_host, index),
                 )
             # Weighted by counted tokens, the pieces of all ranks add up to the gradient of the whole batch.
-            backend.backward(output.loss * (batch.count / total), last=last_one)
+            with watch.phase("backward", allowance=first_of_all):
+                backend.backward(output.loss * (batch.count / total), last=last_one)
             nats += output.nats
             aux += output.aux * batch.count
             if self._carried:
                 lanes[lane] = states.detach(output.state)
-        report = backend.step(self._factor(step))
+        with watch.phase("update", allowance=first_of_all):
+            report = backend.step(self._factor(step))
+        self._fresh = False
         summed = ranks.totals(float(nats), float(aux))
         bad = None if report.applied else self._bad_gradient(report, batches, first)
         if bad is None:

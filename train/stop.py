@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,8 +13,15 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 """Ctrl-C; what job schedulers send before they kill; what they send some time before the limit (Slurm)."""
 
 
+ONE_WISH = 3.0
+"""Seconds in which further signals are taken for the first one."""
+
+
 class StopSignals:
-    """While entered, the first of :data:`SIGNALS` is remembered; a second one acts as usual.
+    """While entered, the first of :data:`SIGNALS` is remembered; a later one acts as usual.
+
+    The same wish may come twice at once, from a scheduler that signals every process of a job and from a
+    launcher that passes its own on, so that for :data:`ONE_WISH` seconds nothing else happens.
 
     Outside the main thread, where Python allows no handlers, nothing is caught.
 
@@ -22,6 +31,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -36,8 +46,11 @@ class StopSignals:
         self._restore()
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        if self.received is None:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > ONE_WISH:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -29,6 +29,7 @@ from spikelm.train.log import RunLog
 from spikelm.train.loss_spikes import LossSpike, LossSpikes
 from spikelm.train.metrics import Metrics
 from spikelm.train.periodic import Periodic
+from spikelm.train.preflight import preflight
 from spikelm.train.ranks import Ranks, join
 from spikelm.train.reporting import Bar, ProgressFactory, silent_progress
 from spikelm.train.result import TrainResult
@@ -39,6 +40,7 @@ from spikelm.train.step import BadStep, StepRunner, in_words
 from spikelm.train.stop import SIGNALS, StopSignals
 from spikelm.train.trackers import Trackers
 from spikelm.train.training_state import Identity, Progress
+from spikelm.train.watchdog import DAY, LONG
 
 if TYPE_CHECKING:
     from spikelm.train.config import TrainConfig
@@ -83,11 +85,14 @@ class Trainer:
                 f"{config.accumulation}; each micro-batch needs a sample: raise batch_size or use fewer ranks"
             )
         self._open_bar = progress if self.ranks.main else silent_progress
-        self._text = load_text(config.data, self._open_bar, config.batch_size)
+        watch = self._watch = self.ranks.watchdog
+        with watch.phase("reading the text", allowance=DAY):
+            self._text = load_text(config.data, self._open_bar, config.batch_size)
         self.tokenizer = self._text.tokenizer
-        self._backend: Backend = build_backend(
-            build_model(config, self.tokenizer), config, device, self.ranks
-        )
+        with watch.phase("building the model", allowance=LONG):
+            model = build_model(config, self.tokenizer)
+            parameters = model.num_parameters()  # before ZeRO splits them
+            self._backend: Backend = build_backend(model, config, device, self.ranks)
         self.model = self._backend.model
         self.out = Path(config.out)
         self._messages: list[str] = []
@@ -99,6 +104,16 @@ class Trainer:
             model=self.model.config.to_dict(),
             data=self._text.fingerprint(),
         )
+        with watch.phase("preflight"):
+            self.preflight = preflight(
+                self.ranks,
+                config=self._identity.config,
+                data=self._identity.data,
+                out=self.out,
+                keep=config.keep,
+                parameters=parameters,
+                device=device,
+            )
         self._state = Progress()
         self._interrupted: str | None = None
         """Name of the signal that ends the run on all ranks."""
@@ -119,6 +134,7 @@ class Trainer:
             self._identity,
             self.log,
             self._warn,
+            parameters,
         )
 
     def run(self) -> TrainResult:
@@ -140,7 +156,8 @@ class Trainer:
         self._bad_in_a_row = 0
         self._returns, self._returned_to = 0, -1
         with self.store.held(self.ranks), contextlib.closing(self._trackers), self._saving:
-            resumed = self._resume(self._messages)
+            with self._watch.phase("resuming", allowance=LONG):
+                resumed = self._resume(self._messages)
             self._header()
             state = self._state
             self._metrics.measure(state)
@@ -150,34 +167,40 @@ class Trainer:
                 self._open_bar(self._title, config.steps * tokens, "tokens", state.step * tokens) as bar,
             ):
                 self._stop, self._interrupted = stop, None
+                if self.ranks.world_size > 1:
+                    bar.say(self.preflight.line())
+                for text in self.preflight.warnings:
+                    self._warn(bar, text)
                 if self._trackers.information is not None:
                     bar.say(self._trackers.information)
                 self._pass_on(bar)
                 self.model.train()
                 if state.step > 0:
                     bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
-                    if self._periodic.work(state, bar, self._stopped):
-                        self._saving.save(state, bar)
+                    self._watch.beat(state.step)
+                    if self._work(bar):
+                        self._save(bar)
                 saved = state.step
                 while self._state.step < config.steps and not self._stopped():
                     before = self._state.step
                     self._train_step(bar)
+                    self._watch.beat(self._state.step)
                     self._saving.check(bar)
                     self._pass_on(bar)
                     if self._state.step <= before:
                         continue
                     bar.advance(tokens)
-                    self._periodic.work(self._state, bar, self._stopped)
+                    self._work(bar)
                     if self._saving.due(self._state, self._stopped()):
-                        self._saving.save(self._state, bar)
+                        self._save(bar)
                         saved = self._state.step
                 used = self._text.train.epochs(config.seed, self._state.samples)
                 self.log.write("data", {"step": self._state.step, "epochs": used})
                 interrupted, step = self._interrupted, self._state.step
                 if interrupted is not None and saved != step:
                     # The signal came after it was asked whether to save.
-                    self._saving.save(self._state, bar)
-                self._saving.finish(bar)
+                    self._save(bar)
+                self._finish_saving(bar)
                 if interrupted is not None:
                     bar.say(f"{interrupted}: stopped after step {step}; the same command continues")
                     self.log.write("interrupted", {"step": step, "signal": interrupted})
@@ -185,6 +208,18 @@ class Trainer:
                 self._pass_on(bar)
             self.model.eval()
         return self._result(resumed, interrupted)
+
+    def _work(self, bar: Bar) -> bool:
+        with self._watch.phase("evaluation or sample", allowance=LONG):
+            return self._periodic.work(self._state, bar, self._stopped)
+
+    def _finish_saving(self, bar: Bar) -> None:
+        with self._watch.phase("checkpoint", allowance=LONG):
+            self._saving.finish(bar)
+
+    def _save(self, bar: Bar) -> None:
+        with self._watch.phase("checkpoint", allowance=LONG):
+            self._saving.save(self._state, bar)
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -224,7 +259,7 @@ class Trainer:
         if not stop:
             bar.say(f"warning: {spike.words()} in {place}")
             return
-        self._saving.finish(bar)
+        self._finish_saving(bar)
         kept = self.store.steps()
         rest = (
             f"{self.store.path(kept[-1])} is from before" if kept else "there is no checkpoint to go back to"
@@ -254,7 +289,7 @@ class Trainer:
         words = in_words(bad, at, config.accumulation, self.ranks.world_size)
         self._bad_in_a_row += 1
         # What is said below about checkpoints, and what is rolled back to, should not be half written.
-        self._saving.finish(bar)
+        self._finish_saving(bar)
         if policy == "rollback":
             newest = self._newest(bar)
             self._returns = self._returns + 1 if newest == self._returned_to else 1
@@ -305,13 +340,14 @@ class Trainer:
 
     def _newest(self, bar: Bar) -> int:
         """Step of the newest checkpoint as rank 0 sees it, or -1; one being written is waited for."""
-        self._saving.finish(bar)
+        self._finish_saving(bar)
         return int(self.ranks.broadcast((self.store.steps() or [-1])[-1]))
 
     # --- stopping -------------------------------------------------------------------------------------------
 
     def _stopped(self) -> bool:
         """Whether some rank was told to stop; asked by all of them together, answered alike."""
+        self._watch.beat()
         if self._interrupted is None:
             got = self.ranks.totals(*[float(self._stop.received == name) for name in SIGNALS])
             told = (name for name, count in zip(SIGNALS, got, strict=True) if count)
@@ -351,6 +387,7 @@ class Trainer:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )
+        self.log.write("preflight", {"step": step, **self.preflight.to_dict()})
 
     def _pass_on(self, bar: Bar) -> None:
         """Warn of what was found where there was no bar."""

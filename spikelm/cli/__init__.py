@@ -40,6 +40,10 @@ COMMANDS: dict[str, Command] = {
         summary="Train a small spiking model and its twin, measure both, let them write.",
     ),
     "train": Command(target="spikelm.cli.train:train", summary="Pretrain a model from a configuration."),
+    "launch": Command(
+        target="spikelm.cli.launch:launch",
+        summary="Train on several GPUs or machines, or write a Slurm script.",
+    ),
     "plot": Command(target="spikelm.cli.plot:plot", summary="Draw and sum up training runs from their logs."),
     "finetune": Command(
         target="spikelm.cli.finetune:finetune",

@@ -10,6 +10,7 @@ import typer
 from spikelm.cli._common import JsonOption, console, human_count, progress, write_json
 
 if TYPE_CHECKING:
+    from spikelm.train.preflight import Preflight
     from spikelm.train.result import TrainResult
 
 INTERRUPTED = 130
@@ -21,6 +22,9 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, as optim.lr=3e-4."),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only compare the ranks, look at the disk and end.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> int:
     """Pretrain a model.
@@ -31,15 +35,32 @@ def train(
 
     Example: spikelm train nano-sd steps=500 optim.lr=5e-3 out=runs/nano
     """
-    from spikelm.train.config import TrainConfig
+    from spikelm.train.process import membership
     from spikelm.train.trainer import Trainer
 
-    chosen = TrainConfig.from_yaml(config, overrides or [])
-    result = Trainer(chosen, progress=progress, title=_title(config)).run()
-    write_json(json_file, result.to_dict())
+    with membership(config, overrides or []) as member:
+        trainer = Trainer(member.config, progress=progress, title=_title(config), ranks=member.ranks)
+        if check:
+            if member.ranks.main:
+                _tell(trainer.preflight, json_file)
+            return 0
+        result = trainer.run()
+        alone, main = member.ranks.world_size == 1, member.ranks.main
+        if main:
+            write_json(json_file, result.to_dict())
+            if json_file is None or str(json_file) != "-":
+                _print(result)
+    # A launcher would take another code than 0 for a failure of what went as it was asked to.
+    return INTERRUPTED if result.interrupted == "SIGINT" and alone else 0
+
+
+def _tell(report: Preflight, json_file: Path | None) -> None:
+    """What the preflight found."""
+    write_json(json_file, report.to_dict())
     if json_file is None or str(json_file) != "-":
-        _print(result)
-    return INTERRUPTED if result.interrupted == "SIGINT" else 0
+        print(report.line())
+        for text in report.warnings:
+            print(f"warning: {text}")
 
 
 def _title(config: str) -> str:

@@ -160,7 +160,7 @@ def test_json_of_the_doctor(tmp_path: Path) -> None:
         "huge pages",
         "C compiler",
     }
-    assert names | {"kernels", "extras", "disk", "cache"} == set(result["checks"])
+    assert names | {"kernels", "extras", "DeepSpeed ops", "disk", "cache"} == set(result["checks"])
     for check in result["checks"].values():
         assert check["verdict"] in {"ok", "warn", "fail"} and check["found"]
         assert check["mend"] or check["verdict"] == "ok"
