@@ -71,7 +71,7 @@ def kill(beat: Beat) -> None:
 
 def born(pid: int | None = None) -> float:
     """When a process began; 0 if there is no such process."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     try:
         return float(psutil.Process(pid).create_time())

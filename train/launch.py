@@ -27,7 +27,7 @@ from spikelm.errors import ConfigError, TrainingError
 from spikelm.train.hostfile import read_hostfile
 
 if TYPE_CHECKING:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
 MODULE = "spikelm.train"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
