@@ -205,7 +205,10 @@ class TrainConfig(Section):
         sample_every: steps between written samples (0: none).
         sample_prompt, sample_tokens: how a sample starts and how long it is.
         checkpoint_every: steps between checkpoints (0: only at the end).
-        keep: checkpoints that are kept.
+        keep: newest checkpoints that are kept.
+        keep_best: also save when an evaluation is the best so far, and keep that checkpoint (link ``best``).
+        milestone_every: steps between checkpoints that are kept for ever (0: none).
+        async_checkpoints: write in the background; training waits for the copy to host memory only.
         log_every: steps between lines of the log.
         backend: ``torch`` (one process, or DistributedDataParallel on several ranks), ``deepspeed`` (ZeRO),
             or ``auto``: deepspeed where ``deepspeed`` is given.
@@ -244,6 +247,9 @@ class TrainConfig(Section):
     sample_tokens: Positive = 120
     checkpoint_every: Count = 200
     keep: Positive = 2
+    keep_best: bool = False
+    milestone_every: Count = 0
+    async_checkpoints: bool = True
     log_every: Positive = 10
     backend: Literal["auto", "torch", "deepspeed"] = "auto"
     deepspeed: str | None = None

@@ -5,7 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """Size and checksum by which a written file is known again.
+
+    Attributes:
+        bytes: its size.
+        sha256: hexadecimal SHA-256 of its bytes.
+    """
+
+    bytes: int
+    sha256: str
 
 
 def sync_folder(folder: Path) -> None:
@@ -48,6 +62,12 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(path: Path) -> Seal:
+    """Make a written file durable and read its size and checksum."""
+    sync_file(path)
+    return Seal(bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def why(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,9 @@ class Periodic:
         for text in self._warnings.check(summary):
             self._warn(bar, text)
         state.evaluated, state.evaluation = state.step, evaluation.to_dict()
+        bits = evaluation.bits_per_byte
+        if math.isfinite(bits) and (state.best is None or bits < state.best):
+            state.best, state.best_step = bits, state.step
         self._log.write("evaluation", state.evaluation)
         rate = spike_rate(summary)
         spikes = "" if rate is None else f", spike rate {rate:.1%}"

@@ -98,7 +98,7 @@ class Trainer:
         self._messages: list[str] = []
         self._trackers = Trackers(config, self.ranks.main, self._messages.append)
         self.log = RunLog(self.out / "log.jsonl", silent=not self.ranks.main, follower=self._trackers)
-        self.store = CheckpointStore(self.out, config.keep)
+        self.store = CheckpointStore(self.out, config.keep, config.milestone_every, config.keep_best)
         self._identity = Identity(
             config=config.model_dump(mode="json"),
             model=self.model.config.to_dict(),
@@ -125,7 +125,17 @@ class Trainer:
         self._periodic = Periodic(
             config, self._backend, self._text.valid, self.tokenizer, self.log, self._warnings, self._warn
         )
-        self._saving = Saving(config, self.store, self._backend, self._runner, self.tokenizer, self._identity)
+        self._saving = Saving(
+            config,
+            self.store,
+            self._backend,
+            self._runner,
+            self.tokenizer,
+            self._identity,
+            self.log,
+            self._warn,
+            parameters,
+        )
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint of the run's folder, or from the start, to the last step.
@@ -145,7 +155,7 @@ class Trainer:
         self._metrics.restart()
         self._bad_in_a_row = 0
         self._returns, self._returned_to = 0, -1
-        with self.store.held(self.ranks.main), contextlib.closing(self._trackers):
+        with self.store.held(self.ranks), contextlib.closing(self._trackers), self._saving:
             with self._watch.phase("resuming", allowance=LONG):
                 resumed = self._resume(self._messages)
             self._header()
@@ -169,27 +179,29 @@ class Trainer:
                     bar.say(f"continuing at step {state.step} of {config.steps} in {self.out}")
                     self._watch.beat(state.step)
                     if self._work(bar):
-                        self._save()
+                        self._save(bar)
                 saved = state.step
                 while self._state.step < config.steps and not self._stopped():
                     before = self._state.step
                     self._train_step(bar)
                     self._watch.beat(self._state.step)
+                    self._saving.check(bar)
                     self._pass_on(bar)
                     if self._state.step <= before:
                         continue
                     bar.advance(tokens)
                     self._work(bar)
-                    if self._saving.due(self._state.step, self._stopped()):
-                        self._save()
+                    if self._saving.due(self._state, self._stopped()):
+                        self._save(bar)
                         saved = self._state.step
                 used = self._text.train.epochs(config.seed, self._state.samples)
                 self.log.write("data", {"step": self._state.step, "epochs": used})
-                interrupted = self._interrupted
+                interrupted, step = self._interrupted, self._state.step
+                if interrupted is not None and saved != step:
+                    # The signal came after it was asked whether to save.
+                    self._save(bar)
+                self._finish_saving(bar)
                 if interrupted is not None:
-                    step = self._state.step
-                    if saved != step:  # the signal came after it was asked whether to save
-                        self._save()
                     bar.say(f"{interrupted}: stopped after step {step}; the same command continues")
                     self.log.write("interrupted", {"step": step, "signal": interrupted})
                 self._trackers.close()
@@ -201,9 +213,13 @@ class Trainer:
         with self._watch.phase("evaluation or sample", allowance=LONG):
             return self._periodic.work(self._state, bar, self._stopped)
 
-    def _save(self) -> None:
+    def _finish_saving(self, bar: Bar) -> None:
         with self._watch.phase("checkpoint", allowance=LONG):
-            self._saving.save(self._state)
+            self._saving.finish(bar)
+
+    def _save(self, bar: Bar) -> None:
+        with self._watch.phase("checkpoint", allowance=LONG):
+            self._saving.save(self._state, bar)
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -224,7 +240,7 @@ class Trainer:
         spike = self._loss_spikes.see(state, self.config.batch_size, loss, norm)
         spike = self._loss_spikes.agreed(spike, self.ranks)
         action = self.config.loss_spike.action
-        if spike is not None and action == "rollback" and self._newest() >= 0:
+        if spike is not None and action == "rollback" and self._newest(bar) >= 0:
             self._refuse(spike.bad_step(), bar, "rollback", updated=True)
             return
         lr = self._runner.learning_rate(state.step)
@@ -243,6 +259,7 @@ class Trainer:
         if not stop:
             bar.say(f"warning: {spike.words()} in {place}")
             return
+        self._finish_saving(bar)
         kept = self.store.steps()
         rest = (
             f"{self.store.path(kept[-1])} is from before" if kept else "there is no checkpoint to go back to"
@@ -271,8 +288,10 @@ class Trainer:
         at = state.step + 1
         words = in_words(bad, at, config.accumulation, self.ranks.world_size)
         self._bad_in_a_row += 1
+        # What is said below about checkpoints, and what is rolled back to, should not be half written.
+        self._finish_saving(bar)
         if policy == "rollback":
-            newest = self._newest()
+            newest = self._newest(bar)
             self._returns = self._returns + 1 if newest == self._returned_to else 1
             self._returned_to = newest
         times = max(self._bad_in_a_row, self._returns)
@@ -304,7 +323,7 @@ class Trainer:
             bar.say(f"warning: {words}: not updated, its batch is passed over")
             return
         messages: list[str] = []
-        before = self._saving.roll_back(messages.append)
+        before = self._saving.roll_back(bar, messages.append)
         if before is None:
             raise TrainingError(
                 f"{words}: stopped before the update, because there is no checkpoint to roll back to yet; "
@@ -319,8 +338,9 @@ class Trainer:
             self._warn(bar, message)
         bar.say(f"warning: {words}: back to step {before.step}, its batch will be passed over")
 
-    def _newest(self) -> int:
-        """Step of the newest checkpoint as rank 0 sees it, or -1: a rank may look while another writes."""
+    def _newest(self, bar: Bar) -> int:
+        """Step of the newest checkpoint as rank 0 sees it, or -1; one being written is waited for."""
+        self._finish_saving(bar)
         return int(self.ranks.broadcast((self.store.steps() or [-1])[-1]))
 
     # --- stopping -------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What a resumed run needs beside the model: progress, optimiser tensors, checksums.
+"""What a resumed run needs beside the model: progress, identity, checksums of all files.
 
-Two files beside the model in a checkpoint folder: ``training.safetensors`` (optimiser and random state) and
-``training.json`` (progress, configuration, sizes and SHA-256 of every other file, and a checksum of itself).
-Only resume reads them, nothing is unpickled, and nothing is used before its checksum was compared.
+Beside the model a checkpoint folder holds ``training.safetensors`` (one for each rank: optimiser memory,
+carried states, random state) and ``training.json`` (progress, configuration, sizes and SHA-256 of every file
+that resume reads, and a checksum of itself). Only resume reads them, nothing is unpickled, and nothing is
+used before its checksum was compared. The model card is for people, who may edit it: it has no checksum.
 """
 
 from __future__ import annotations
@@ -10,24 +11,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from spikelm.errors import CheckpointError
-from spikelm.train.files import replace_text, sha256, sync_file
+from spikelm.train.files import Seal, replace_text, sha256
 
 RECORD = "training.json"
-TENSORS = "training.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 FREE_KEYS = frozenset(
     {
         *("backend", "deepspeed", "timeout", "on_bad_step", "bad_step_limit"),
+        *("async_checkpoints", "keep_best", "milestone_every"),
         *("loss_spike", "trackers", "measure_mfu"),
         *("out", "resume", "device", "accumulation", "gradient_checkpointing", "keep", "log_every"),
         *("eval_every", "eval_batches", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every"),
@@ -55,6 +53,8 @@ class Progress:
         recent: what the detector of loss spikes remembers (:class:`spikelm.train.loss_spikes.Recent`).
         evaluated: step of the last evaluation (-1: none).
         evaluation: the last evaluation as JSON values, or None.
+        best, best_step: lowest held-out bits per byte so far and the step it was measured at (None and -1: no
+            evaluation yet).
         sampled: step of the last written sample (-1: none).
         train_loss: mean nats per token at the last log line, or None.
         avoid: first samples of the batches that are passed over, because a loss or gradient of theirs was not
@@ -75,6 +75,8 @@ class Progress:
     recent: dict[str, Any] = field(default_factory=dict)
     evaluated: int = -1
     evaluation: dict[str, Any] | None = None
+    best: float | None = None
+    best_step: int = -1
     sampled: int = -1
     train_loss: float | None = None
     avoid: list[int] = field(default_factory=list)
@@ -141,43 +143,31 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _ordinary_mode(folder: Path) -> int:
-    """Permissions that a new file gets here."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    return mode
+def write_record(folder: Path, record: Record, files: Mapping[str, Seal]) -> None:
+    """Write ``training.json``; the files it names are written and durable already.
 
-
-def write_record(folder: Path, record: Record) -> None:
-    """Write ``training.json`` over all other files of ``folder``, which are made durable first."""
-    files = {}
-    mode = _ordinary_mode(folder)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != RECORD:
-            # safetensors creates files for their owner alone; other users serve them.
-            if stat.S_IMODE(path.stat().st_mode) != mode:
-                path.chmod(mode)
-            sync_file(path)
-            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    Args:
+        folder: the checkpoint.
+        record: what it says about the run.
+        files: size and SHA-256 of every file that is checked before it is used.
+    """
     values: dict[str, Any] = {
         "format": FORMAT,
         "progress": dataclasses.asdict(record.progress),
         "config": record.identity.config,
         "model": record.identity.model,
         "data": record.identity.data,
-        "files": files,
+        "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
     }
     values["checksum"] = _checksum(values)
     replace_text(folder / RECORD, json.dumps(values, indent=1) + "\n")
 
 
-def read_record(folder: Path) -> Record:
-    """Read ``training.json`` and compare every checksum in it with the files.
+def read_values(folder: Path) -> dict[str, Any]:
+    """The JSON values of ``training.json``, compared with their own checksum and with the sizes of the files.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed, or the record itself is.
+        CheckpointError: the record is missing or was changed, or a file is missing or truncated.
     """
     path = folder / RECORD
     try:
@@ -197,23 +187,36 @@ def read_record(folder: Path) -> Record:
             raise CheckpointError(f"{file} is missing")
         if size != expected["bytes"]:
             raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}")
-        if sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} is corrupted (its SHA-256 does not match)")
+    return values
+
+
+def check_file(file: Path, expected: Mapping[str, Any]) -> None:
+    """Compare one file with its SHA-256 in the record.
+
+    Raises:
+        CheckpointError: it was changed, or cannot be read.
+    """
+    try:
+        found = sha256(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
+    if found != expected["sha256"]:
+        raise CheckpointError(f"{file} is corrupted (its SHA-256 does not match)")
+
+
+def record_of(values: Mapping[str, Any]) -> Record:
+    """The record that :func:`read_values` found."""
     identity = Identity(config=values["config"], model=values["model"], data=values["data"])
     return Record(progress=Progress(**values["progress"]), identity=identity)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``training.safetensors``."""
-    from safetensors.torch import save_file
+def read_record(folder: Path) -> Record:
+    """Read ``training.json`` and compare every checksum in it with the files.
 
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS
-    )
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read ``training.safetensors`` (checksums are compared by :func:`read_record`)."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / TENSORS)
+    Raises:
+        CheckpointError: a file is missing, truncated or changed, or the record itself is.
+    """
+    values = read_values(folder)
+    for name, expected in values["files"].items():
+        check_file(folder / name, expected)
+    return record_of(values)

@@ -56,6 +56,10 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(
         target="spikelm.cli.generate:generate", summary="Let a checkpoint continue a prompt."
     ),
+    "export": Command(
+        target="spikelm.cli.export:export",
+        summary="Copy a checkpoint for others: model, tokenizer and card in the Hugging Face layout.",
+    ),
     "convert": Command(target="spikelm.cli.convert:app", summary="Turn published weights into a checkpoint."),
     "data": Command(
         target="spikelm.cli.data:app", summary="Look at training text, turn it into tokens, check them."

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spikelm.checkpoint import load_model, load_tokenizer
 from spikelm.errors import CheckpointError, SpikeLMError, TrainingError
 from spikelm.train.checkpoints import CheckpointStore
 from spikelm.train.config import TrainConfig
+from spikelm.train.ranks import Ranks
+from spikelm.train.snapshot import Contents
 from spikelm.train.trainer import Trainer
 from spikelm.train.training_state import Identity, Progress, Record, read_record
+from spikelm.train.writer import Write
 
 IDENTITY = Identity(config={"seed": 1, "optim": {"lr": 0.1}}, model={"hidden_size": 8})
 
@@ -27,17 +31,42 @@ def record(step: int) -> Record:
     return Record(progress=Progress(step=step, nats=0.1 + step), identity=IDENTITY)
 
 
-def write(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights" * 100)
-    (folder / "training.safetensors").write_bytes(b"moments" * 100)
+def contents(*names: str) -> Contents:
+    """A share of a checkpoint: files of one tensor each."""
+    return Contents(files={name: {"x": torch.arange(100.0)} for name in names}, index=None)
 
 
-def store(tmp_path: Path, keep: int = 2, steps: tuple[int, ...] = ()) -> CheckpointStore:
+FILES = ("model.safetensors", "training.safetensors")
+
+
+def card(folder: Path) -> set[str]:
+    (folder / "README.md").write_text("# card")
+    (folder / "config.json").write_text("{}")
+    return {"README.md"}
+
+
+def save(opened: CheckpointStore, step: int, best: int = -1, ranks: int = 1) -> None:
+    """Write a checkpoint as ``ranks`` ranks do; what goes wrong in a thread goes wrong here."""
+    of = Record(progress=Progress(step=step, nats=0.1 + step, best_step=best), identity=IDENTITY)
+    opened.begin("attempt")
+    for rank in reversed(range(ranks)):
+        names = (
+            FILES
+            if ranks == 1
+            else (f"training-{rank + 1:05d}-of-{ranks:05d}.safetensors", *FILES[: rank < 1])
+        )
+        write = Write(opened, Ranks(rank=rank, world_size=ranks), "attempt", of, contents(*names), card)
+        write.start()
+        write.end(patience=0.0)
+        if write.error is not None:
+            raise write.error
+
+
+def store(tmp_path: Path, keep: int = 2, steps: tuple[int, ...] = (), ranks: int = 1) -> CheckpointStore:
     opened = CheckpointStore(tmp_path / "run", keep)
     opened.open()
     for step in steps:
-        opened.save(record(step), write)
+        save(opened, step, ranks=ranks)
     return opened
 
 
@@ -45,7 +74,7 @@ def newest(opened: CheckpointStore) -> tuple[int, list[str]]:
     warnings: list[str] = []
     found = opened.newest(warnings.append)
     if found is not None:
-        opened.adopt(found[1].progress.step, warnings.append)
+        opened.adopt(found[1], warnings.append)
     return (-1 if found is None else found[1].progress.step), warnings
 
 
@@ -62,14 +91,19 @@ def test_empty_folder_has_none(tmp_path: Path) -> None:
     assert newest(store(tmp_path)) == (-1, [])
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_every_moment_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
-    """A kill before the n-th operation on the disk, for every n, leaves a usable newest checkpoint."""
+@pytest.mark.parametrize(("keep", "ranks", "step"), [(1, 1, 3), (2, 1, 3), (2, 2, 3), (1, 1, 2), (2, 2, 2)])
+def test_every_moment_of_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, ranks: int, step: int
+) -> None:
+    """A kill before the n-th operation on the disk, for every n, leaves a usable newest checkpoint.
+
+    Also when the newest one is written again (step 2), and on whichever rank the kill is.
+    """
 
     class Killed(BaseException):
         pass
 
-    base = store(tmp_path, keep=keep, steps=(1, 2)).out
+    base = store(tmp_path, keep=keep, steps=(1, 2), ranks=ranks).out
     out = tmp_path / "copy"
     spots: list[tuple[Any, str]] = [
         *((os, name) for name in ("rename", "fsync", "open")),
@@ -97,22 +131,22 @@ def test_every_moment_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             with monkeypatch.context() as patch:
                 for owner, name in spots:
                     patch.setattr(owner, name, counted(getattr(owner, name)))
-                CheckpointStore(out, keep).save(record(3), write)
+                save(CheckpointStore(out, keep), step, ranks=ranks)
             break
         except Killed:
             pass
         again = CheckpointStore(out, keep)
         again.open()
         with again.locked():
-            step, warnings = newest(again)
-        found.append(step)
+            usable, warnings = newest(again)
+        found.append(usable)
         assert not warnings
-        assert again.latest.resolve() == again.path(step).resolve()
+        assert again.latest.resolve() == again.path(usable).resolve()
         assert len(again.steps()) <= keep
         assert not list(again.folder.glob(".*"))
-        again.save(record(3), write)
+        save(again, 3)
         assert newest(again) == (3, [])
-    assert found == sorted(found) and set(found) == {2, 3} and len(found) > 20
+    assert found == sorted(found) and set(found) == {2, step} and len(found) > 20
 
 
 def flip(path: Path) -> None:
@@ -125,7 +159,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit flip": (lambda folder: flip(folder / "model.safetensors"), "is corrupted"),
     "truncated": (
         lambda folder: os.truncate(folder / "training.safetensors", 10),
-        "has 10 bytes instead of 700",
+        "has 10 bytes instead of 504",
     ),
     "missing": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
     "record missing": (lambda folder: (folder / "training.json").unlink(), "training.json is missing"),
@@ -158,7 +192,7 @@ def test_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: str) -
     assert "checkpoint of step 2 is unusable" in warnings[0] and words in warnings[0]
     assert (opened.folder / "corrupt-step-00000002").is_dir()  # kept for whoever wants to look
     assert opened.latest.resolve() == opened.path(1).resolve()
-    opened.save(record(2), write)
+    save(opened, 2)
     assert newest(opened) == (2, [])
 
 
@@ -178,7 +212,7 @@ def test_pruning_never_removes_the_last_good_one(tmp_path: Path) -> None:
     opened.keep = 1
     flip(opened.path(10) / "model.safetensors")
     assert newest(opened)[0] == 5
-    opened.save(record(7), write)
+    save(opened, 7)
     assert opened.steps() == [7] and newest(opened) == (7, [])
 
 
@@ -257,9 +291,10 @@ def test_a_checkpoint_is_a_model_folder(finished_run: Path) -> None:
     folder = finished_run / "latest"
     assert load_model(folder).config.hidden_size == 16
     assert load_tokenizer(folder).vocab_size == 256
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}
     values = json.loads((folder / "training.json").read_text())
-    assert set(values["files"]) == {path.name for path in folder.iterdir()} - {"training.json"}
+    unsealed = {"training.json", "README.md"}  # the card may be edited
+    assert set(values["files"]) == {path.name for path in folder.iterdir()} - unsealed
 
 
 def test_all_files_have_ordinary_permissions(finished_run: Path) -> None:
