@@ -30,7 +30,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test test-slow check bench gpu clean
+.PHONY: help demo reproduce test test-slow check bench gpu clean soak
 
 help: ## list the targets
 	@echo "SpikeLM: make TARGET"
@@ -55,6 +55,11 @@ test: $(DEV) ## run the tests (without those marked slow)
 test-slow: $(DEV) ## run the tests marked slow
 	@echo "== test-slow: pytest -m slow =="
 	@$(TEST_ENV) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+soak: $(DEV) ## kill training at random moments, 50 times on one and on two ranks
+	@echo "== soak: runs that are killed come to the same end (about half an hour) =="
+	@$(TEST_ENV) $(BIN)/python scripts/soak_checkpoints.py --rounds 50 --ranks 1 --ranks 2 \
+		--json benchmarks/results/soak_checkpoints.json
 
 check: $(DEV) ## lint, formatting and types
 	@echo "== check: ruff, ruff format, mypy --strict =="
