@@ -10,7 +10,8 @@ import pytest
 from spikelm.errors import ConfigError
 from spikelm.presets import find, names
 from spikelm.tokenizer import Tokenizer
-from spikelm.train.config import TrainConfig, apply_overrides
+from spikelm.train.config import TrainConfig
+from spikelm.train.overrides import apply_overrides
 from spikelm.train.setup import model_config
 from spikelm.yaml_values import parse_value
 

@@ -16,7 +16,8 @@ from spikelm.data.mixture import Mixture
 from spikelm.data.stream import Stream
 from spikelm.errors import ConfigError, DataError
 from spikelm.tokenizer import Tokenizer
-from spikelm.train.config import DataConfig, TrainConfig, apply_overrides
+from spikelm.train.config import DataConfig, TrainConfig
+from spikelm.train.overrides import apply_overrides
 from spikelm.train.setup import load_text
 
 BYTES = Tokenizer.bytes()

@@ -10,15 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from spikelm.errors import ConfigError
 from spikelm.presets import find
-from spikelm.train.config import (
-    Count,
-    OptimConfig,
-    Positive,
-    ScheduleConfig,
-    Section,
-    apply_overrides,
-    explain,
-)
+from spikelm.train.config import Count, OptimConfig, Positive, ScheduleConfig, Section
+from spikelm.train.overrides import apply_overrides, explain
 from spikelm.yaml_values import read_yaml
 
 FOLDS = 10
