@@ -23,10 +23,11 @@ import torch
 from spikelm.errors import TrainingError
 from spikelm.provenance import versions
 from spikelm.train.backend import Backend, build_backend, choose_device
+from spikelm.train.bad_steps import BadSteps
 from spikelm.train.checkpoints import CheckpointStore
 from spikelm.train.evaluation import Evaluation
 from spikelm.train.log import RunLog
-from spikelm.train.loss_spikes import LossSpike, LossSpikes
+from spikelm.train.loss_spikes import LossSpikes
 from spikelm.train.metrics import Metrics
 from spikelm.train.periodic import Periodic
 from spikelm.train.preflight import preflight
@@ -36,7 +37,7 @@ from spikelm.train.result import TrainResult
 from spikelm.train.saving import Saving
 from spikelm.train.setup import build_model, load_text
 from spikelm.train.spikes import SpikeWarnings
-from spikelm.train.step import BadStep, StepRunner, in_words
+from spikelm.train.step import BadStep, StepRunner
 from spikelm.train.stop import SIGNALS, StopSignals
 from spikelm.train.trackers import Trackers
 from spikelm.train.training_state import Identity, Progress
@@ -91,7 +92,7 @@ class Trainer:
         self.tokenizer = self._text.tokenizer
         with watch.phase("building the model", allowance=LONG):
             model = build_model(config, self.tokenizer)
-            parameters = model.num_parameters()  # before ZeRO splits them
+            self._parameters = model.num_parameters()  # before ZeRO splits them
             self._backend: Backend = build_backend(model, config, device, self.ranks)
         self.model = self._backend.model
         self.out = Path(config.out)
@@ -111,7 +112,7 @@ class Trainer:
                 data=self._identity.data,
                 out=self.out,
                 keep=config.keep,
-                parameters=parameters,
+                parameters=self._parameters,
                 device=device,
             )
         self._state = Progress()
@@ -134,7 +135,10 @@ class Trainer:
             self._identity,
             self.log,
             self._warn,
-            parameters,
+            self._parameters,
+        )
+        self._bad = BadSteps(
+            config, self.ranks, self.store, self._saving, self.log, self._finish_saving, self._warn
         )
 
     def run(self) -> TrainResult:
@@ -153,8 +157,7 @@ class Trainer:
         # What a refused step of an earlier call left behind.
         self._backend.clear_gradients()
         self._metrics.restart()
-        self._bad_in_a_row = 0
-        self._returns, self._returned_to = 0, -1
+        self._bad.restart()
         with self.store.held(self.ranks), contextlib.closing(self._trackers), self._saving:
             with self._watch.phase("resuming", allowance=LONG):
                 resumed = self._resume(self._messages)
@@ -234,114 +237,26 @@ class Trainer:
         if outcome.bad is not None:
             self._refuse(outcome.bad, bar, self.config.on_bad_step)
             return
-        self._bad_in_a_row = 0
+        self._bad.good()
         norm = None if outcome.report is None else outcome.report.grad_norm
         loss = outcome.nats / outcome.count
         spike = self._loss_spikes.see(state, self.config.batch_size, loss, norm)
         spike = self._loss_spikes.agreed(spike, self.ranks)
         action = self.config.loss_spike.action
-        if spike is not None and action == "rollback" and self._newest(bar) >= 0:
+        if spike is not None and action == "rollback" and self._bad.newest(bar) >= 0:
             self._refuse(spike.bad_step(), bar, "rollback", updated=True)
             return
         lr = self._runner.learning_rate(state.step)
         self._metrics.count(state, outcome, lr, meter, bar)
         if spike is not None:
-            self._tell(spike, bar, stop=action != "warn")
-
-    def _tell(self, spike: LossSpike, bar: Bar, stop: bool) -> None:
-        """Log a loss spike whose step was counted, and stop where the configuration says so.
-
-        Raises:
-            TrainingError: the action is ``stop``, or ``rollback`` and there is no checkpoint yet.
-        """
-        place = f"step {spike.step}, samples {spike.first} to {spike.last}"
-        self.log.write("loss_spike", {"step": self._state.step, **spike.to_dict()})
-        if not stop:
-            bar.say(f"warning: {spike.words()} in {place}")
-            return
-        self._finish_saving(bar)
-        kept = self.store.steps()
-        rest = (
-            f"{self.store.path(kept[-1])} is from before" if kept else "there is no checkpoint to go back to"
-        )
-        message = (
-            f"{spike.words()} in {place}: stopped after the update; {rest}; lower optim.lr, look at these "
-            "samples, or use loss_spike.action=warn to go on, rollback to pass over them"
-        )
-        self.log.write("stopped", {"step": self._state.step, "at": spike.step, "reason": message})
-        raise TrainingError(message)
+            self._bad.tell(spike, state, bar, stop=action != "warn")
 
     def _refuse(self, bad: BadStep, bar: Bar, policy: str, updated: bool = False) -> None:
-        """A step that must not count: stop, pass over its samples, or go back first.
-
-        Args:
-            bad: what is wrong with it.
-            bar: shows what is done.
-            policy: ``stop``, ``skip`` or ``rollback``.
-            updated: whether the weights were changed by it (then only going back helps).
-
-        Raises:
-            TrainingError: the policy is ``stop``, too many steps in a row were bad, the run went back to one
-                checkpoint too often, or there is nothing to go back to.
-        """
-        config, state = self.config, self._state
-        at = state.step + 1
-        words = in_words(bad, at, config.accumulation, self.ranks.world_size)
-        self._bad_in_a_row += 1
-        # What is said below about checkpoints, and what is rolled back to, should not be half written.
-        self._finish_saving(bar)
-        if policy == "rollback":
-            newest = self._newest(bar)
-            self._returns = self._returns + 1 if newest == self._returned_to else 1
-            self._returned_to = newest
-        times = max(self._bad_in_a_row, self._returns)
-        event = {
-            "at": at,
-            "reason": words,
-            "policy": policy,
-            "rank": bad.rank,
-            "micro_batch": bad.micro_batch,
-            "samples": [bad.first, bad.last],
-            "batch": [state.samples, state.samples + config.batch_size - 1],
-            "parameters": list(bad.parameters),
-        }
-        if policy == "stop" or times > config.bad_step_limit:
-            kept = self.store.steps()
-            rest = f"{self.store.path(kept[-1])} is intact" if kept else "no checkpoint was written yet"
-            again = "in a row" if self._bad_in_a_row == times else f"since step {self._returned_to}"
-            many = f" ({times} times {again})" if policy != "stop" else ""
-            when = "after" if updated else "before"
-            message = (
-                f"{words}{many}: stopped {when} the update; {rest}; lower optim.lr or look at these samples"
-            )
-            self.log.write("stopped", {"step": at, **event, "reason": message})
-            raise TrainingError(message)
-        avoid = [*state.avoid, state.samples]
-        if policy == "skip":
-            state.avoid = avoid
-            self.log.write("bad_step", {"step": state.step, **event})
-            bar.say(f"warning: {words}: not updated, its batch is passed over")
-            return
-        messages: list[str] = []
-        before = self._saving.roll_back(bar, messages.append)
-        if before is None:
-            raise TrainingError(
-                f"{words}: stopped before the update, because there is no checkpoint to roll back to yet; "
-                "use on_bad_step=skip, or a smaller checkpoint_every"
-            )
-        before.avoid = sorted({*before.avoid, *avoid})
-        self._state = before
-        self._metrics.restart()
-        self.log.rewind(before.step)
-        self.log.write("bad_step", {"step": before.step, **event})
-        for message in messages:
-            self._warn(bar, message)
-        bar.say(f"warning: {words}: back to step {before.step}, its batch will be passed over")
-
-    def _newest(self, bar: Bar) -> int:
-        """Step of the newest checkpoint as rank 0 sees it, or -1; one being written is waited for."""
-        self._finish_saving(bar)
-        return int(self.ranks.broadcast((self.store.steps() or [-1])[-1]))
+        """Do what the policy says about a step that must not count; the run may go on at another place."""
+        before = self._state
+        self._state = self._bad.refuse(bad, before, bar, policy, updated)
+        if self._state is not before:
+            self._metrics.restart()
 
     # --- stopping -------------------------------------------------------------------------------------------
 
@@ -378,7 +293,7 @@ class Trainer:
                 "step": step,
                 "config": self._identity.config,
                 "model": self._identity.model,
-                "parameters": self.model.num_parameters(),
+                "parameters": self._parameters,
                 "data": {**self._text.describe(), **self._identity.data},
                 "backend": self._backend.name,
                 "device": str(self._backend.device),
@@ -409,7 +324,7 @@ class Trainer:
             tokens=state.tokens,
             seconds=state.seconds,
             tokens_per_second=state.tokens / max(state.seconds, 1e-9),
-            parameters=self.model.num_parameters(),
+            parameters=self._parameters,
             train_loss=state.train_loss,
             evaluation=None if state.evaluation is None else Evaluation(**state.evaluation),
             resumed_from=resumed,
