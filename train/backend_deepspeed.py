@@ -110,6 +110,8 @@ class DeepSpeedBackend(Backend):
             applied, norm = report.applied, report.grad_norm
             self._engine.zero_grad()
         else:
+            if not good:
+                self._tiny_pass(math.nan)  # its norm in float64 may be finite where ours overflows
             self._engine.step()
             applied = bool(self._engine.was_step_applied())
             norm = float(self._engine.get_global_grad_norm() or 0.0) if applied else math.nan

@@ -14,6 +14,7 @@ from spikelm.train.reporting import Bar
 from spikelm.train.saving import Saving
 from spikelm.train.step import BadStep, in_words
 from spikelm.train.training_state import Progress
+from spikelm.train.watchdog import LONG
 
 if TYPE_CHECKING:
     from spikelm.train.config import TrainConfig
@@ -139,7 +140,8 @@ class BadSteps:
 
     def _go_back(self, words: str, event: dict[str, object], state: Progress, bar: Bar) -> Progress:
         messages: list[str] = []
-        before = self._saving.roll_back(bar, messages.append)
+        with self._ranks.watchdog.phase("rolling back", allowance=LONG):
+            before = self._saving.roll_back(bar, messages.append)
         if before is None:
             raise TrainingError(
                 f"{words}: stopped before the update, because there is no checkpoint to roll back to yet; "

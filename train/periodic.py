@@ -119,6 +119,7 @@ class Periodic:
                     model, self._tokenizer, config.sample_prompt, config.sample_tokens, sampler
                 ):
                     text += piece.text
+                    self._backend.ranks.watchdog.beat()
                     if alone and stopped():
                         break
             model.train(training)

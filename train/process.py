@@ -25,7 +25,7 @@ from spikelm.train.failures import (
     tell_failure,
 )
 from spikelm.train.heartbeat import silence
-from spikelm.train.watchdog import Watchdog
+from spikelm.train.watchdog import DAY, LONG, Watchdog
 
 if TYPE_CHECKING:
     from spikelm.train.config import TrainConfig
@@ -78,7 +78,7 @@ def membership(source: str, overrides: Sequence[str] = ()) -> Iterator[Member]:
         refused, device = error, choose_device("cpu")
     timeout = _JOIN_TIMEOUT if config is None else config.timeout
     try:
-        ranks = join(timeout, device)
+        ranks = join(timeout, device, patience=DAY + LONG)
     except SpikeLMError as error:
         if launched_ranks() == 1:
             raise

@@ -27,10 +27,6 @@ from spikelm.train.watchdog import Phases, Unwatched
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-PATIENCE = 10
-"""A collective gives up after this many timeouts: the watchdog, which names the rank that hangs, comes first,
-and the others may have to wait for rank 0's checkpoint."""
-
 MEET = 300.0
 """Seconds that ranks have to come together: machines start at different times, imports over NFS are slow."""
 
@@ -125,12 +121,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join(timeout: float, device: torch.device) -> Ranks:
+def join(timeout: float, device: torch.device, patience: float | None = None) -> Ranks:
     """Take this process's place among the ranks that the launcher started.
 
     Args:
         timeout: seconds without progress that end a run; ranks have at least :data:`MEET` to meet here.
         device: where this process computes; decides between nccl and gloo.
+        patience: seconds after which a collective is an error; None takes ``timeout``. With a watchdog, which
+            names the rank that hangs, it should be longer than anything the watchdog allows.
 
     Raises:
         ConfigError: the launcher's variables are incomplete or contradict one another.
@@ -159,7 +157,7 @@ def join(timeout: float, device: torch.device) -> Ranks:
                 store=PrefixStore("spikelm", store),
                 rank=rank,
                 world_size=world_size,
-                timeout=PATIENCE * wait,
+                timeout=datetime.timedelta(seconds=patience or timeout),
             )
         else:
             store = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import secrets
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from spikelm.train.shards import StoredTensors
 from spikelm.train.snapshot import LANES, RANDOM, Snapshot, restore_random
 from spikelm.train.step import StepRunner
 from spikelm.train.training_state import Identity, Progress, Record
+from spikelm.train.watchdog import LONG
 from spikelm.train.writer import EXPECTED, Write, reason
 
 if TYPE_CHECKING:
@@ -81,10 +84,12 @@ class Saving:
         write, self._write = self._write, None
         if write is None:
             return
-        write.end(PATIENCE)
+        with self._backend.ranks.watchdog.phase("checkpoint", allowance=LONG):
+            write.end(PATIENCE)
         if write.error is not None:
             told = self._store.failure(write.step, reason(write.error))
-            self._log.write("warning", {"step": write.step, "text": str(told)})
+            with contextlib.suppress(TrainingError):  # the run's own error comes first
+                self._log.write("warning", {"step": write.step, "text": str(told)})
 
     @property
     def idle(self) -> bool:
@@ -185,33 +190,37 @@ class Saving:
         """Agree how the write goes: forget one that is done, raise for one that failed."""
         ranks = self._backend.ranks
         failed, running = ranks.totals(float(write.over and write.error is not None), float(not write.over))
+        if failed or not running:
+            self._write = None
+            with ranks.watchdog.phase("checkpoint", allowance=LONG):
+                write.end(patience=0.0)
         if failed:
-            self._write = None
-            write.end(patience=0.0)
             self._fail(write)
-        if not running:
-            self._write = None
-            write.end(patience=0.0)
-            if (written := write.written) is not None:
-                figures = {
-                    "blocked_seconds": round(self._blocked + self._waited, 4),
-                    "waited_seconds": round(self._waited, 4),
-                    "written_seconds": round(written.seconds, 4),
-                    "bytes": written.bytes,
-                    "files": written.files,
-                    "overlaps": self._overlaps,
-                }
-                self._log.write("checkpoint", {"step": write.step, **figures})
+        if not running and (written := write.written) is not None:
+            figures = {
+                "blocked_seconds": round(self._blocked + self._waited, 4),
+                "waited_seconds": round(self._waited, 4),
+                "written_seconds": round(written.seconds, 4),
+                "bytes": written.bytes,
+                "files": written.files,
+                "overlaps": self._overlaps,
+            }
+            self._log.write("checkpoint", {"step": write.step, **figures})
 
     def _fail(self, write: Write) -> None:
         """Raise what went wrong: the same sentence on every rank, a fault of the program as it is."""
         ranks, error = self._backend.ranks, write.error
-        told = ranks.gather(None if error is None else [reason(error), write.elsewhere])
+        mine = None if error is None else [reason(error), write.elsewhere, isinstance(error, EXPECTED)]
+        told = ranks.gather(mine)
         first = min(
             (rank for rank, found in enumerate(told) if found is not None), key=lambda rank: told[rank][1]
         )
         if error is not None and not isinstance(error, EXPECTED):
+            if ranks.world_size > 1:  # another rank may be the first to end the run
+                traceback.print_exception(error)
             raise error
+        if not all(found is None or found[2] for found in told):
+            raise TrainingError(f"rank {first} failed while it wrote a checkpoint ({told[first][0]})")
         where = f"rank {first}: " if ranks.world_size > 1 and not told[first][1] else ""
         raise self._store.failure(write.step, where + told[first][0]) from error
 

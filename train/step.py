@@ -173,6 +173,10 @@ class StepRunner:
             data_seconds=waited,
         )
 
+    def pass_over(self) -> None:
+        """Samples are left out: carried lanes begin anew, because their text goes on elsewhere."""
+        self._lanes = {}
+
     def position(self, first: int) -> dict[str, Any]:
         """Where the samples from ``first`` on are found again (see :meth:`Samples.state`)."""
         return self._blocks.state(self._config.seed, first)

@@ -93,18 +93,13 @@ class Trainer:
         with watch.phase("building the model", allowance=LONG):
             model = build_model(config, self.tokenizer)
             self._parameters = model.num_parameters()  # before ZeRO splits them
-            self._backend: Backend = build_backend(model, config, device, self.ranks)
-        self.model = self._backend.model
         self.out = Path(config.out)
-        self._messages: list[str] = []
-        self._trackers = Trackers(config, self.ranks.main, self._messages.append)
-        self.log = RunLog(self.out / "log.jsonl", silent=not self.ranks.main, follower=self._trackers)
-        self.store = CheckpointStore(self.out, config.keep, config.milestone_every, config.keep_best)
         self._identity = Identity(
             config=config.model_dump(mode="json"),
-            model=self.model.config.to_dict(),
+            model=model.config.to_dict(),
             data=self._text.fingerprint(),
         )
+        # Before anything is built together: ranks that differ are told so.
         with watch.phase("preflight"):
             self.preflight = preflight(
                 self.ranks,
@@ -115,6 +110,13 @@ class Trainer:
                 parameters=self._parameters,
                 device=device,
             )
+        with watch.phase("building the backend", allowance=LONG):
+            self._backend: Backend = build_backend(model, config, device, self.ranks)
+        self.model = self._backend.model
+        self._messages: list[str] = []
+        self._trackers = Trackers(config, self.ranks.main, self._messages.append)
+        self.log = RunLog(self.out / "log.jsonl", silent=not self.ranks.main, follower=self._trackers)
+        self.store = CheckpointStore(self.out, config.keep, config.milestone_every, config.keep_best)
         self._state = Progress()
         self._interrupted: str | None = None
         """Name of the signal that ends the run on all ranks."""
@@ -183,7 +185,7 @@ class Trainer:
                     self._watch.beat(state.step)
                     if self._work(bar):
                         self._save(bar)
-                saved = state.step
+                saved = _place(state)
                 while self._state.step < config.steps and not self._stopped():
                     before = self._state.step
                     self._train_step(bar)
@@ -196,12 +198,12 @@ class Trainer:
                     self._work(bar)
                     if self._saving.due(self._state, self._stopped()):
                         self._save(bar)
-                        saved = self._state.step
+                        saved = _place(self._state)
                 used = self._text.train.epochs(config.seed, self._state.samples)
                 self.log.write("data", {"step": self._state.step, "epochs": used})
                 interrupted, step = self._interrupted, self._state.step
-                if interrupted is not None and saved != step:
-                    # The signal came after it was asked whether to save.
+                if interrupted is not None and saved != _place(self._state):
+                    # The signal came after it was asked whether to save, or after a step that does not count.
                     self._save(bar)
                 self._finish_saving(bar)
                 if interrupted is not None:
@@ -213,7 +215,7 @@ class Trainer:
         return self._result(resumed, interrupted)
 
     def _work(self, bar: Bar) -> bool:
-        with self._watch.phase("evaluation or sample", allowance=LONG):
+        with self._watch.phase("evaluation or sample"):
             return self._periodic.work(self._state, bar, self._stopped)
 
     def _finish_saving(self, bar: Bar) -> None:
@@ -231,6 +233,7 @@ class Trainer:
         state = self._state
         if state.samples in state.avoid:
             state.samples += self.config.batch_size
+            self._runner.pass_over()
             return
         meter = self._metrics.meter(state.step)
         outcome = self._runner.take(state.samples, state.step, meter)
@@ -330,3 +333,8 @@ class Trainer:
             resumed_from=resumed,
             interrupted=interrupted,
         )
+
+
+def _place(state: Progress) -> tuple[int, int, int]:
+    """What must differ for a checkpoint to say something new: also a step that was passed over."""
+    return state.step, state.samples, len(state.avoid)

@@ -218,13 +218,13 @@ class Watchdog:
         # The main thread has stood still for a while, so the others may matter; a running rank never asks.
         now = time.monotonic()
         others = self._others(self._seen, now)
-        if mine.left > 0:
-            return
         patience = self.timeout - 4 * self.interval
         silent = [rank for rank, (beat, seen) in others.items() if not beat.done and now - seen > patience]
         if silent:
             beat, seen = others[silent[0]]
             self._fail(silence(beat, now - seen), victim=(silent[0], beat))
+        if mine.left > 0:  # heartbeats come from a thread, whatever a phase is allowed; progress does not
+            return
         busy = [beat for beat, _ in others.values() if not beat.waits and not beat.done and beat.left > 0]
         if mine.waits and busy:
             return

@@ -61,6 +61,9 @@ def poison(leg: dict[str, Any], ranks: Any) -> dict[str, Any]:
             return output
         if leg["place"] == "loss":
             return dataclasses.replace(output, loss=output.loss * math.nan)
+        if leg["place"] == "huge":  # finite, but its square is not
+            huge = output.loss * 1e24
+            return dataclasses.replace(output, loss=output.loss + (huge - huge.detach()))
         # Zero, with a gradient of infinity times zero.
         return dataclasses.replace(output, loss=output.loss + torch.sqrt(output.loss * 0.0))
 

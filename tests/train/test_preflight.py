@@ -23,11 +23,14 @@ from spikelm.train.trainer import Trainer
 
 
 def test_two_ranks_with_another_configuration_are_named(make_values: Any, tmp_path: Path) -> None:
-    """Two real ranks, started by hand as two machines with different files would be."""
+    """Two real ranks, started by hand as two machines with different files would be.
+
+    Their models have other shapes, so this must be told before anything is built together.
+    """
     port, processes = free_port(), []
-    for rank, clip in enumerate((1.0, 0.5)):
+    for rank, size in enumerate((16, 32)):
         config = tmp_path / f"rank{rank}.yaml"
-        config.write_text(yaml.safe_dump(make_values(optim__clip=clip)))
+        config.write_text(yaml.safe_dump(make_values(model__hidden_size=size)))
         places = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -48,7 +51,7 @@ def test_two_ranks_with_another_configuration_are_named(make_values: Any, tmp_pa
     assert [process.returncode for process in processes] == [2, 2], errors
     lines = [line for text in errors for line in text.splitlines() if line.startswith("rank ")]
     sentence = (
-        "configuration key optim.clip is 1.0 on rank 0 and 0.5 on rank 1; "
+        "configuration key model.hidden_size is 16 on rank 0 and 32 on rank 1; "
         "give every machine the same environment, configuration and files"
     )
     # One of them says it; whether rank 0 has something to add depends on who was first.

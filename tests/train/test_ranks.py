@@ -25,6 +25,7 @@ def zero(name: str) -> Backend:
     return {"backend": "deepspeed", "deepspeed": name}
 
 
+CARRIED = {"data__carried": True, "schedule__name": "constant", "eval_every": 100}
 BACKENDS = {"ddp": DDP, **{name: zero(name) for name in ("zero0", "zero1", "zero2", "zero3")}}
 
 
@@ -96,6 +97,24 @@ def told(make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> 
                 accumulation=2,
                 on_bad_step="skip",
             )
+    # Small parameters stay whole under stage 3 unless it is told to split all.
+    split = tmp_path_factory.mktemp("settings") / "split.json"
+    split.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    legs["zero3-split"] = make("zero3-split", **twenty, **zero(str(split)), gradient_checkpointing=True)
+    for name in ("zero1", "zero3-split"):
+        backend = zero("zero1" if name == "zero1" else str(split))
+        for place in ("gradient", "huge"):
+            legs[f"{name}-rollback-{place}"] = make(
+                f"{name}-rollback-{place}",
+                "poison",
+                {"at": [1, 3, 1], "place": place},
+                **TWIN,
+                **backend,
+                steps=6,
+                accumulation=2,
+                on_bad_step="rollback",
+                checkpoint_every=2,
+            )
     for name in ("zero2", "zero3"):
         legs[f"{name}-recomputed"] = make(
             f"{name}-recomputed", **twenty, **zero(name), gradient_checkpointing=True
@@ -114,6 +133,18 @@ def told(make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> 
         **TWIN,
         steps=30,
     )
+    legs["carried"] = make("carried", **TWIN, **CARRIED, steps=6)
+    for policy in ("skip", "rollback"):
+        legs[f"stream-{policy}"] = make(
+            f"stream-{policy}",
+            "poison",
+            {"at": [1, 5, 0], "place": "loss"},
+            **TWIN,
+            steps=9,
+            data__stream=True,
+            on_bad_step=policy,
+            checkpoint_every=2,
+        )
     legs["muon"] = make("muon", **zero("zero1"), optim__name="muon", steps=2)
     legs["too-small"] = make("too-small", steps=2, accumulation=3)
     return launch(legs, tmp_path_factory.mktemp("told"))
@@ -148,6 +179,7 @@ def alone(make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 NAMES = [*BACKENDS, *(f"{name}-accumulated" for name in BACKENDS), "zero2-recomputed", "zero3-recomputed"]
+NAMES.append("zero3-split")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,7 +191,7 @@ def test_the_twin_learns_the_same_as_in_one_process(told: Any, alone: Any, name:
     assert found["weights"].keys() == alone["weights"].keys()
     for key, value in alone["weights"].items():
         assert found["weights"][key] == pytest.approx(value, rel=1e-3, abs=1e-12), key
-    expected = name.removesuffix("-accumulated").removesuffix("-recomputed")
+    expected = name.removesuffix("-accumulated").removesuffix("-recomputed").removesuffix("-split")
     assert found["backend"] == ("torch-ddp" if expected == "ddp" else f"deepspeed-{expected}")
 
 
@@ -205,6 +237,16 @@ def test_a_bad_step_of_one_rank_is_named_and_skipped_by_all(told: Any, name: str
     assert found["losses"] == pytest.approx(reference["losses"], abs=1e-5)
 
 
+@pytest.mark.parametrize("place", ["gradient", "huge"])
+@pytest.mark.parametrize("name", ["zero1", "zero3-split"])
+def test_the_run_goes_back_under_zero(told: Any, name: str, place: str) -> None:
+    """Huge: every number is finite, the norm is not (in float32), and DeepSpeed alone would go on."""
+    found = told[f"{name}-rollback-{place}"]
+    (event,) = found["bad"]
+    assert event["step"] == 2 and event["at"] == 4 and event["rank"] == 1 and event["samples"] == [15, 15]
+    assert found["losses"] == pytest.approx(told["ddp-bad-loss"]["losses"], abs=1e-5)
+
+
 def test_the_skipped_batch_changed_nothing(told: Any, alone: Any) -> None:
     losses = told["ddp-bad-loss"]["losses"]
     assert losses[:3] == pytest.approx(alone["losses"][:3], abs=1e-5)
@@ -225,6 +267,24 @@ def test_bf16_and_learned_neurons(told: Any) -> None:
         assert told[name]["losses"] != told["zero2"]["losses"][:8]
     assert told["zero3-lif"]["losses"] == pytest.approx(told["ddp-lif"]["losses"], abs=0.05)
     assert any("leak_logit" in name for name in told["zero3-lif"]["weights"])
+
+
+def test_carried_lanes_of_two_ranks_go_on_in_one_process(told: Any, make: Any, tmp_path: Path) -> None:
+    assert len(told["carried"]["losses"]) == 6
+    reference = one_process(make("whole", **TWIN, **CARRIED, steps=10), tmp_path / "whole")
+    # In the folder of the two ranks: their six steps, then four of one process.
+    leg = make("carried", **TWIN, **CARRIED, steps=10, accumulation=2)
+    continued = one_process(leg, Path(leg["values"]["out"]))
+    assert told["carried"]["losses"] == pytest.approx(reference["losses"][:6], abs=1e-5)
+    assert continued["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+
+
+def test_a_stream_goes_back_with_the_run(told: Any) -> None:
+    skipped, returned = told["stream-skip"], told["stream-rollback"]
+    assert [event["samples"] for event in returned["bad"]] == [event["samples"] for event in skipped["bad"]]
+    assert returned["bad"][0]["step"] == 4 and skipped["bad"][0]["step"] == 5
+    assert len(returned["losses"]) == 9
+    assert returned["losses"] == pytest.approx(skipped["losses"], abs=1e-5)
 
 
 def test_what_cannot_work_is_one_sentence(told: Any) -> None:
