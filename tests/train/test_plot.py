@@ -76,10 +76,11 @@ def test_a_log_with_gaps_and_strange_lines(whole: Path) -> None:
     """A run in progress, of an older version, that diverged."""
     path = whole / "log.jsonl"
     lines = path.read_text().splitlines()
-    first = json.loads(lines[1])
+    steps = [line for line in lines if json.loads(line)["event"] == "step"]
+    first = json.loads(steps[0])
     old = {key: first[key] for key in ("event", "step", "tokens", "loss", "bits_per_byte", "lr", "seconds")}
     bad = {**first, "step": 3, "bits_per_byte": "nan", "grad_norm": "inf"}
-    path.write_text("\n".join([json.dumps(old), json.dumps(bad), *lines[2:4], '{"event": "st']))
+    path.write_text("\n".join([json.dumps(old), json.dumps(bad), *steps[1:3], '{"event": "st']))
     run = RunCurves.read(path)
     assert np.isnan(run.series("grad_norm")[0]) and len(run.steps) >= 2
     assert main(["plot", str(path), "--out", str(whole / "x.png")]) == 0
