@@ -41,7 +41,16 @@ class KernelError(SpikeLMError):
 
 
 class TrainingError(SpikeLMError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot go on, for example because the loss is not finite.
+
+    Args:
+        message: the sentence.
+        rank: the rank at fault where all of them raise the same error, or None.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 def nearest(kind: str, name: str, options: Iterable[str]) -> str:

@@ -82,7 +82,7 @@ class BadSteps:
             "samples, or use loss_spike.action=warn to go on, rollback to pass over them"
         )
         self._log.write("stopped", {"step": state.step, "at": spike.step, "reason": message})
-        raise TrainingError(message)
+        raise TrainingError(message, rank=0)
 
     def refuse(self, bad: BadStep, state: Progress, bar: Bar, policy: str, updated: bool = False) -> Progress:
         """A step that must not count: stop, pass over its samples, or go back first.
@@ -130,7 +130,7 @@ class BadSteps:
                 f"{words}{many}: stopped {when} the update; {rest}; lower optim.lr or look at these samples"
             )
             self._log.write("stopped", {"step": at, **event, "reason": message})
-            raise TrainingError(message)
+            raise TrainingError(message, rank=bad.rank if bad.rank >= 0 else 0)
         if policy == "skip":
             state.avoid = [*state.avoid, state.samples]
             self._log.write("bad_step", {"step": state.step, **event})
@@ -145,7 +145,8 @@ class BadSteps:
         if before is None:
             raise TrainingError(
                 f"{words}: stopped before the update, because there is no checkpoint to roll back to yet; "
-                "use on_bad_step=skip, or a smaller checkpoint_every"
+                "use on_bad_step=skip, or a smaller checkpoint_every",
+                rank=0,
             )
         before.avoid = sorted({*before.avoid, *state.avoid, state.samples})
         self._log.rewind(before.step)

@@ -216,7 +216,7 @@ class TrainConfig(Section):
         timeout: seconds that ranks wait for one another before the run ends with an error.
         on_bad_step: what happens when a loss or gradient is not finite, always before the update: ``stop``,
             ``skip`` (pass over the batch) or ``rollback`` (also go back to the newest checkpoint).
-        bad_step_limit: bad steps in a row, or returns to the same checkpoint, after which a run stops
+        bad_step_limit: bad steps in a row, or returns to the same checkpoint; with one more a run stops
             whatever the policy.
         loss_spike: what a jump of the loss or gradient norm is, and what happens then.
         trackers: where curves go beside the log: ``auto`` (TensorBoard where it is installed), a list of
@@ -284,6 +284,8 @@ class TrainConfig(Section):
         """With ``init_from``, model and tokenizer are the checkpoint's unless said otherwise."""
         if not isinstance(values, Mapping) or not isinstance(folder := values.get("init_from"), str):
             return values
+        if not Path(folder).is_dir():
+            raise ValueError(f"init_from is {folder!r}, and there is no such folder; give a checkpoint")
         data = values.get("data")
         if isinstance(data, Mapping) and data.get("tokenizer") is None:
             latest = Path(folder) / "latest"
@@ -297,8 +299,9 @@ class TrainConfig(Section):
         named = isinstance(self.model, str) or "preset" in self.model
         if self.init_from is not None and named:
             raise ValueError(
-                f"init_from is {self.init_from!r} and brings its model; leave model out, or give single "
-                "values that replace the checkpoint's, for example model.dropout=0.1"
+                f"init_from is {self.init_from!r} and brings its model; leave model out (on the "
+                "command line: model=null), or give single values that replace the checkpoint's, for example "
+                "model.dropout=0.1"
             )
         if self.accumulation > self.batch_size:
             raise ValueError(

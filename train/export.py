@@ -79,7 +79,7 @@ def export(run: Path, out: Path, step: int | None = None, best: bool = False) ->
         for name in names:
             shutil.copyfile(source / name, temporary / name)
             if name in sealed:
-                check_file(temporary / name, sealed[name])
+                check_file(temporary / name, sealed[name], source / name)
         sync_folder(temporary)
         replace_folder(temporary, out)
     except OSError as error:

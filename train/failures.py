@@ -128,6 +128,7 @@ def tell_failure(failure: Failure, rank: int) -> None:
     if failure.seen_by == rank:
         tell(str(failure))
     elif rank == 0 or (rank == 1 and failure.rank == 0):
+        time.sleep(0.3)  # the error itself comes first
         tell(f"rank {rank}: ended because rank {failure.rank} failed: {failure.sentence}")
 
 

@@ -231,6 +231,8 @@ def start(launch: Launch, say: Callable[[str], None]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(launch.threads)
     for name in _GIVEN_BY_LAUNCHERS:
         os.environ.pop(name, None)
+    # Where a launcher dies, the C++ part of torch would tell stacks beside the two sentences that matter.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     where = f"{launch.nodes} machines" if launch.nodes > 1 else f"{len(launch.hosts) or 1} machine"
     where += "s" if launch.remote else ""
     threads, ranks = os.environ["OMP_NUM_THREADS"], launch.world_size

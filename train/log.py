@@ -47,7 +47,7 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
         except OSError as error:
-            raise TrainingError(f"the log {self.path} cannot be written ({why(error)})") from error
+            raise self._unwritable(error) from error
         if self._follower is not None:
             self._follower.tell(event, values)
 
@@ -62,7 +62,7 @@ class RunLog:
         try:
             replace_text(self.path, "")
         except OSError as error:
-            raise TrainingError(f"the log {self.path} cannot be written ({why(error)})") from error
+            raise self._unwritable(error) from error
         if self._follower is not None:
             self._follower.rewind(0)
 
@@ -79,9 +79,15 @@ class RunLog:
             try:
                 replace_text(self.path, "".join(line + "\n" for line in kept))
             except OSError as error:
-                raise TrainingError(f"the log {self.path} cannot be written ({why(error)})") from error
+                raise self._unwritable(error) from error
         if self._follower is not None:
             self._follower.rewind(step)
+
+    def _unwritable(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"the log {self.path} cannot be written ({why(error)}); the checkpoints are whole: make room or "
+            "mend the permissions, then the same command continues the run"
+        )
 
     def read(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines, or those of one event."""

@@ -158,6 +158,11 @@ def _reason(error: BaseException, watchdog: Watchdog, ranks: Ranks) -> Failure |
             if told is not None:
                 return told
         mine = Failure(rank=rank, sentence=_sentence(error), code=_code(error), seen_by=rank)
+        at_fault = getattr(error, "rank", None)
+        if at_fault not in (None, rank):  # all ranks raise this; the one it is about tells it
+            told = failures.wait_for_first(2 * watchdog.interval)
+            if told is not None:
+                return told
         told = failures.publish(mine)
         return told if told == mine or told.seen_by != rank else None
     except StoreLost:

@@ -49,11 +49,15 @@ def script(words: Sequence[str], *, nodes: int, gpus: int, limit: str, restarts:
         restarts: how often failed ranks are started again within the job.
 
     Raises:
-        ConfigError: the time limit is not one.
+        ConfigError: the time limit is not one, or too short to save before it.
     """
     if not _LIMIT.match(limit):
         raise ConfigError(
             f"--time is {limit!r}; expected hours:minutes:seconds or days-hours, as 24:00:00 or 2-12"
+        )
+    if seconds_of(limit) <= _MARGIN:
+        raise ConfigError(
+            f"--time is {limit!r}, and the ranks are told to save {_MARGIN} seconds before it; give it more"
         )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(words[0]).stem).strip("-") or "run"
     restart = ["--restarts", str(restarts)] if restarts else []
@@ -68,6 +72,18 @@ def script(words: Sequence[str], *, nodes: int, gpus: int, limit: str, restarts:
         minutes=_MARGIN // 60,
         run=(_SEVERAL if nodes > 1 else _ALONE).format(rank=rank),
     )
+
+
+def seconds_of(limit: str) -> int:
+    """Seconds of a time limit: ``MINUTES``, ``MINUTES:SECONDS``, ``H:M:S``, ``DAYS-H``, ``DAYS-H:M:S``."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        parts += [0] * (3 - len(parts))
+    else:
+        parts = [0, *parts, *[0] * (2 - len(parts))]
+    hours, minutes, seconds = parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def write(path: Path, text: str) -> None:

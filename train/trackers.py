@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,7 @@ class Trackers:
         self._accelerate()
         from accelerate.tracking import TensorBoardTracker
 
+        _hush()
         folder = self._out / FOLDER
         # A queue that holds a whole line, so that the training thread does not wait for the writing one.
         return TensorBoardTracker("", folder, purge_step=step + 1, max_queue=1000)
@@ -256,3 +258,17 @@ def _as_text(values: Mapping[str, Any]) -> str:
     """The configuration as a block of preformatted text (Markdown)."""
     lines = json.dumps({key: values.get(key) for key in ("config", "model", "data")}, indent=2, default=str)
     return "\n".join(f"    {line}" for line in lines.splitlines())
+
+
+def _hush() -> None:
+    """TensorBoard's writing thread fails with a traceback of its own; the warning about it is ours."""
+    before = threading.excepthook
+    if getattr(before, "hushed", False):
+        return
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not type(told.thread).__module__.startswith("tensorboard"):
+            before(told)
+
+    hook.hushed = True  # type: ignore[attr-defined]
+    threading.excepthook = hook

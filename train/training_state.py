@@ -105,8 +105,19 @@ class Identity:
             if mine.get(key) != theirs.get(key):
                 carried = key == "batch_size" and self.data.get("data.carried")
                 why = ", and every lane of a carried run keeps a state of its own" if carried else ""
+                if key.endswith("(fingerprint)"):
+                    found.append(self._other_contents(key.split()[0], other))
+                    continue
                 found.append(f"{key} is {theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now{why}")
         return found
+
+    def _other_contents(self, key: str, other: Identity) -> str:
+        """A text or tokenizer that is not the one of the checkpoint, whatever it is called."""
+        section, _, name = key.partition(".")
+        was, now = (dict(identity.config.get(section) or {}).get(name) for identity in (other, self))
+        if was == now:
+            return f"{key} is {now!r} as in the checkpoint, but what it holds has changed since"
+        return f"{key} is {was!r} in the checkpoint and {now!r} now, and they do not hold the same"
 
     def _flat(self) -> dict[str, Any]:
         config = {key: value for key, value in _flatten(self.config).items() if not _is_free(key)}
@@ -190,8 +201,8 @@ def read_values(folder: Path) -> dict[str, Any]:
     return values
 
 
-def check_file(file: Path, expected: Mapping[str, Any]) -> None:
-    """Compare one file with its SHA-256 in the record.
+def check_file(file: Path, expected: Mapping[str, Any], name: Path | None = None) -> None:
+    """Compare one file with its SHA-256 in the record; an error calls it ``name`` where one is given.
 
     Raises:
         CheckpointError: it was changed, or cannot be read.
@@ -201,7 +212,7 @@ def check_file(file: Path, expected: Mapping[str, Any]) -> None:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
     if found != expected["sha256"]:
-        raise CheckpointError(f"{file} is corrupted (its SHA-256 does not match)")
+        raise CheckpointError(f"{name or file} is corrupted (its SHA-256 does not match)")
 
 
 def record_of(values: Mapping[str, Any]) -> Record:

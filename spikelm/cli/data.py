@@ -124,7 +124,7 @@ def tokenize(
 
     After an interruption the same command goes on behind the last whole shard.
 
-    Example: spikelm data tokenize shards/*.jsonl --tokenizer runs/tokenizer --out runs/tokens
+    Example: spikelm data tokenize 'shards/*.jsonl' --tokenizer runs/tokenizer --out runs/tokens
     """
     from spikelm.data.store import tokenise_into
     from spikelm.tokenizer import Tokenizer
@@ -176,7 +176,8 @@ def verify(
     if str(json_file) != "-":
         counts = f"{result['documents']:,} documents, {result['bytes']:,} bytes"
         tokens = f", {result['tokens']:,} tokens in {result['shards']} shards" if "tokens" in result else ""
-        console().print(f"{source.name}: {counts}{tokens}: everything is as it was written", markup=False)
+        verdict = "everything is as it was written" if tokens else "everything can be read"
+        console().print(f"{source.name}: {counts}{tokens}: {verdict}", markup=False)
     write_json(json_file, result)
 
 

@@ -23,7 +23,7 @@ def launch(
     nproc: Annotated[
         int | None,
         typer.Option(
-            "--nproc", min=1, help="Ranks on each machine [default: its GPUs, or 1].", show_default=False
+            "--nproc", min=1, help="Ranks on each machine; its GPUs, or 1, unless given.", show_default=False
         ),
     ] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Number of machines.")] = None,
@@ -87,8 +87,11 @@ def launch(
         from spikelm.train.slurm import check_options, script, write
 
         check_options(node_rank=node_rank, master=master, hostfile=hostfile, deepspeed=deepspeed, check=check)
+        _check(chosen, (nodes or 1) * (nproc or 1))
         text = script(words, nodes=nodes or 1, gpus=nproc or 1, limit=time, restarts=restarts)
         write(slurm, text)
+        if str(slurm) != "-":
+            print(f"wrote {slurm}; start it with: sbatch {slurm}", file=sys.stderr)
         return 0
     planned = plan(
         [*words, "--check"] if check else words,
@@ -104,8 +107,8 @@ def launch(
     return start(planned, say=lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def _prepare(config: TrainConfig, world_size: int) -> None:
-    """What is better found out, or built, before there are ranks.
+def _check(config: TrainConfig, world_size: int) -> None:
+    """What is better found out before there are ranks.
 
     Raises:
         SpikeLMError: the batch is too small for the ranks, or DeepSpeed cannot be used as configured.
@@ -117,10 +120,21 @@ def _prepare(config: TrainConfig, world_size: int) -> None:
             f"batch_size is {config.batch_size} for {world_size} ranks with accumulation "
             f"{config.accumulation}; each micro-batch needs a sample: raise batch_size or use fewer ranks"
         )
-    if config.backend == "deepspeed" or (config.backend == "auto" and config.deepspeed is not None):
+    if _uses_deepspeed(config):
         from spikelm.train.deepspeed_config import complete, read_settings
+
+        complete(read_settings(config.deepspeed or "zero1"), config, world_size)
+
+
+def _prepare(config: TrainConfig, world_size: int) -> None:
+    """What is better found out, or built, before there are ranks."""
+    _check(config, world_size)
+    if _uses_deepspeed(config):
+        from spikelm.train.deepspeed_config import read_settings
         from spikelm.train.ops import prepare
 
-        settings = read_settings(config.deepspeed or "zero1")
-        complete(settings, config, world_size)
-        prepare(settings, progress)
+        prepare(read_settings(config.deepspeed or "zero1"), progress)
+
+
+def _uses_deepspeed(config: TrainConfig) -> bool:
+    return config.backend == "deepspeed" or (config.backend == "auto" and config.deepspeed is not None)

@@ -23,6 +23,7 @@ from spikelm.train.__main__ import without_local_rank
 from spikelm.train.hostfile import read_hostfile
 from spikelm.train.launch import cores, plan, ranks_of
 from spikelm.train.process import launched_ranks
+from spikelm.train.slurm import script, seconds_of
 
 PROGRAM = [sys.executable, "-m", "spikelm"]
 
@@ -341,3 +342,22 @@ def test_two_machines_meet_and_check(make_values: Any, tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert shown[0].startswith("preflight: 2 ranks") and "all-reduce" in shown[0] and shown[1] == ""
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_time_limits_of_slurm() -> None:
+    limits = {"10": 600, "7:30": 450, "24:00:00": 86400, "2-12": 216000, "1-02:03:04": 93784}
+    assert {limit: seconds_of(limit) for limit in limits} == limits
+    with pytest.raises(ConfigError, match="--time is '00:03:00', and the ranks are told to save 300 seconds"):
+        script(["nano-sd"], nodes=1, gpus=1, limit="00:03:00")
+
+
+def test_a_script_is_checked_like_a_start(
+    make_values: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(make_values()))
+    job = tmp_path / "job.sh"
+    assert main(["launch", "--nodes", "2", "--nproc", "4", "--slurm", str(job), str(config)]) == 2
+    assert "batch_size is 4 for 8 ranks" in capsys.readouterr().err and not job.exists()
+    assert main(["launch", "--nproc", "4", "--slurm", str(job), str(config)]) == 0
+    assert f"wrote {job}" in capsys.readouterr().err and job.exists()
