@@ -291,3 +291,36 @@ def test_what_cannot_work_is_one_sentence(told: Any) -> None:
     assert "ZeRO splits matrices that Muon needs whole" in told["muon"]["error"]
     assert "batch_size is 4 for 2 ranks with accumulation 3" in told["too-small"]["error"]
     assert all("\n" not in told[name]["error"] for name in ("muon", "too-small"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
+def test_offload_learns_the_same_and_travels(
+    make: Any, alone: Any, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """The optimiser in the machine's memory is DeepSpeed's own, compiled when it is first used (minutes)."""
+    twenty = {**TWIN, "steps": 20, "eval_every": 20, "sample_every": 20, "sample_tokens": 5}
+    legs = {
+        "whole": make(f"{name}-whole", **twenty, **zero(name)),
+        "exchange": make(
+            f"{name}-exchange",
+            "exchange",
+            {"backends": [DDP, zero(name), zero("zero1"), zero(name)]},
+            **TWIN,
+            steps=20,
+        ),
+        "bad": make(
+            f"{name}-bad",
+            "poison",
+            {"at": [1, 3, 1], "place": "gradient"},
+            **TWIN,
+            **zero(name),
+            steps=6,
+            accumulation=2,
+            on_bad_step="skip",
+        ),
+    }
+    told = launch(legs, tmp_path_factory.mktemp(name))
+    assert told["whole"]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert told["exchange"]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert told["bad"]["bad"][0]["rank"] == 1 and len(told["bad"]["losses"]) == 6
