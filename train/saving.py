@@ -248,12 +248,26 @@ class Saving:
         """Restore the newest usable checkpoint; where it was made, or None for a new run.
 
         Raises:
+            CheckpointError: see :meth:`examine`.
+        """
+        found = self.examine(warn)
+        if found is None:
+            return None
+        folder, record = found
+        self._restore(folder)
+        # Only a run that is certainly this one may move or remove checkpoints.
+        return self._adopted(record, warn)
+
+    def examine(self, warn: Callable[[str], None]) -> tuple[Path, Record] | None:
+        """The checkpoint that the run would go on from, or None for a new run; nothing is changed.
+
+        Raises:
             CheckpointError: the folder holds a run and ``resume`` is false, or it is another run.
         """
         found = self._store.newest(warn, self._backend.ranks)
         if found is None:
             return None
-        folder, record = found
+        record = found[1]
         config, out = self._config, self._store.out
         if not config.resume:
             raise CheckpointError(
@@ -273,9 +287,7 @@ class Saving:
         step = record.progress.step
         if step > config.steps:
             raise CheckpointError(f"{out} has done {step} steps, more than steps={config.steps}; raise steps")
-        self._restore(folder)
-        # Only a run that is certainly this one may move or remove checkpoints.
-        return self._adopted(record, warn)
+        return found
 
     def roll_back(self, bar: Bar, warn: Callable[[str], None]) -> Progress | None:
         """Restore the newest usable checkpoint of this very run, or None where there is none yet.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from spikelm.train.log import RunLog
 from spikelm.train.loss_spikes import LossSpikes
 from spikelm.train.metrics import Metrics
 from spikelm.train.periodic import Periodic
-from spikelm.train.preflight import preflight
+from spikelm.train.preflight import Preflight, preflight
 from spikelm.train.ranks import Ranks, join
 from spikelm.train.reporting import Bar, ProgressFactory, silent_progress
 from spikelm.train.result import TrainResult
@@ -142,6 +143,17 @@ class Trainer:
         self._bad = BadSteps(
             config, self.ranks, self.store, self._saving, self.log, self._finish_saving, self._warn
         )
+
+    def check(self) -> Preflight:
+        """Look whether the run could begin, or go on, without touching its folder.
+
+        Raises:
+            CheckpointError: the folder holds another run, or no checkpoint that can be used.
+        """
+        warnings: list[str] = []
+        with self._watch.phase("resuming", allowance=LONG):
+            self._saving.examine(warnings.append)
+        return replace(self.preflight, warnings=(*self.preflight.warnings, *warnings))
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint of the run's folder, or from the start, to the last step.

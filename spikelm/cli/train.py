@@ -41,8 +41,9 @@ def train(
     with membership(config, overrides or []) as member:
         trainer = Trainer(member.config, progress=progress, title=_title(config), ranks=member.ranks)
         if check:
+            report = trainer.check()
             if member.ranks.main:
-                _tell(trainer.preflight, json_file)
+                _tell(report, json_file)
             return 0
         result = trainer.run()
         alone, main = member.ranks.world_size == 1, member.ranks.main

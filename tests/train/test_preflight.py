@@ -119,3 +119,15 @@ def test_check_runs_only_the_preflight(make_values: Any, tmp_path: Path, capfd: 
     assert main(["train", "--check", str(config), "--json", str(tmp_path / "report.json")]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["world_size"] == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_check_refuses_what_the_run_would_refuse(
+    make_values: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(make_values(out=str(whole))))
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert main(["train", "--check", str(config)]) == 0
+    assert main(["train", "--check", str(config), "seed=5"]) == 2
+    assert "holds another run: seed is 0 in the checkpoint and 5 now" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
