@@ -284,8 +284,6 @@ class TrainConfig(Section):
         """With ``init_from``, model and tokenizer are the checkpoint's unless said otherwise."""
         if not isinstance(values, Mapping) or not isinstance(folder := values.get("init_from"), str):
             return values
-        if not Path(folder).is_dir():
-            raise ValueError(f"init_from is {folder!r}, and there is no such folder; give a checkpoint")
         data = values.get("data")
         if isinstance(data, Mapping) and data.get("tokenizer") is None:
             latest = Path(folder) / "latest"

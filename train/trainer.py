@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spikelm.errors import TrainingError
+from spikelm.errors import CheckpointError, TrainingError
 from spikelm.provenance import versions
 from spikelm.train.backend import Backend, build_backend, choose_device
 from spikelm.train.bad_steps import BadSteps
@@ -88,6 +88,10 @@ class Trainer:
             )
         self._open_bar = progress if self.ranks.main else silent_progress
         watch = self._watch = self.ranks.watchdog
+        if config.init_from is not None and not Path(config.init_from).is_dir():
+            raise CheckpointError(
+                f"init_from is {config.init_from!r}, and there is no such folder; give a checkpoint's folder"
+            )
         with watch.phase("reading the text", allowance=DAY):
             self._text = load_text(config.data, self._open_bar, config.batch_size)
         self.tokenizer = self._text.tokenizer

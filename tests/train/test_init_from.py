@@ -73,3 +73,9 @@ def test_what_does_not_fit_is_one_sentence(finished_run: Path, make_values: Any,
         build({**base, "model": {"hidden_size": 32}})
     with pytest.raises(CheckpointError, match="holds no config.json"):
         build({**base, "init_from": str(tmp_path), "data": {**base["data"], "tokenizer": "bytes"}})
+
+
+def test_a_missing_checkpoint_is_told_as_one(make_values: Any) -> None:
+    config = TrainConfig.from_dict({**make_values(init_from="nowhere"), "model": None})
+    with pytest.raises(CheckpointError, match="init_from is 'nowhere', and there is no such folder"):
+        Trainer(config)
