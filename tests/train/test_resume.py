@@ -280,7 +280,7 @@ def test_changed_text_is_refused_and_moved_text_is_not(make_values: Any, whole: 
     shutil.copy(tmp_path / "train.txt", tmp_path / "moved.txt")
     assert run(make_values(out=str(whole), data__train=str(tmp_path / "moved.txt"))).step == 12
     (tmp_path / "train.txt").write_text("another text " * 300)
-    with pytest.raises(CheckpointError, match=r"data.train is .* but what it holds has changed"):
+    with pytest.raises(CheckpointError, match=r"data.train is .* now, and they do not hold the same"):
         run(make_values(out=str(whole)))
 
 
@@ -318,3 +318,10 @@ def test_two_processes_in_one_folder(make_values: Any, tmp_path: Path) -> None:
         assert half.is_dir()
     assert run(make_values()).step == 12
     assert not half.parent.exists()
+
+
+def test_a_text_that_changed_in_its_place_is_refused(make_values: Any, tmp_path: Path) -> None:
+    run(make_values(steps=3))
+    (tmp_path / "train.txt").write_text("another text " * 300)
+    with pytest.raises(CheckpointError, match=r"as in the checkpoint, but what it holds has changed since"):
+        run(make_values(steps=3))
