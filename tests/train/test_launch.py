@@ -145,7 +145,7 @@ def test_bad_input_starts_nothing(
 def test_slurm_script(make_values: Any, tmp_path: Path, nodes: int) -> None:
     """A shell accepts it, and with stand-ins for Slurm's programs it starts what it should and requeues."""
     config, job = tmp_path / "my run.yaml", tmp_path / "jobs" / "job.sh"
-    config.write_text(yaml.safe_dump(make_values()))
+    config.write_text(yaml.safe_dump(make_values(batch_size=12)))
     words = ["--nodes", str(nodes), "--nproc", "4", "--restarts", "1", "--time", "2-12"]
     assert main(["launch", "--slurm", str(job), *words, str(config), "sample_prompt=It was [$HOME"]) == 0
     subprocess.run(["bash", "-n", str(job)], check=True)

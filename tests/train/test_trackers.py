@@ -176,6 +176,7 @@ def test_accelerate_forms_no_group_and_leaves_no_state(
     for key, value in launcher.items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    PartialState._reset_state()  # another test of this process may have left one, which would stay
     before, threads = dict(os.environ), torch.get_num_threads()
     Trainer(TrainConfig.from_dict(make_values(trackers="tensorboard", steps=2))).run()
     assert not torch.distributed.is_initialized() and torch.get_num_threads() == threads
