@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "soak_checkpoints.py"
 def test_killed_ranks_come_to_the_same_end(tmp_path: Path) -> None:
     """Two ranks; the script compares weights, optimiser memory, progress and log bit for bit.
 
-    Every other kill aims at a checkpoint that is being written; how many hit one is counted, and left to chance
-    (tests/train/test_checkpoints.py stops a write at each of its moments).
+    Every other kill aims at a checkpoint that is being written. How many hit one is counted and left to
+    chance (tests/train/test_checkpoints.py stops a write at each of its moments).
     """
     file = tmp_path / "figures.json"
     command = [sys.executable, str(SCRIPT), "--rounds", "2", "--ranks", "2", "--json", str(file)]
