@@ -141,7 +141,7 @@ def test_a_worker_that_is_killed_is_one_sentence(
 
 
 def test_a_kill_at_any_moment_is_continued(text: Path, expected: TokenStore, tmp_path: Path) -> None:
-    chance, count = random.Random(1), 0
+    chance, count, killed = random.Random(1), 0, 0
     for _ in range(4):
         process = start(text, tmp_path, 2)
         before, deadline = count, time.monotonic() + 60
@@ -153,9 +153,12 @@ def test_a_kill_at_any_moment_is_continued(text: Path, expected: TokenStore, tmp
         process.kill()
         _, err = process.communicate(timeout=60)
         assert not err, err
+        if process.returncode == 0:  # a quick machine came to the end before the kill
+            break
+        killed += 1
         count = len(list(tmp_path.glob("*/0*")))
-        assert count > before
-    assert count >= 4 and not list(tmp_path.glob("*/index.json"))
+        assert count > before and not list(tmp_path.glob("*/index.json"))
+    assert killed >= 1 and count >= killed
     process = start(text, tmp_path, 1)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0 and not err, err
