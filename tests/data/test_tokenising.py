@@ -153,11 +153,11 @@ def test_a_kill_at_any_moment_is_continued(text: Path, expected: TokenStore, tmp
         process.kill()
         _, err = process.communicate(timeout=60)
         assert not err, err
-        if process.returncode == 0:  # a quick machine came to the end before the kill
+        if list(tmp_path.glob("*/index.json")):  # a quick machine came to the end before the kill
             break
         killed += 1
         count = len(list(tmp_path.glob("*/0*")))
-        assert count > before and not list(tmp_path.glob("*/index.json"))
+        assert count > before
     assert killed >= 1 and count >= killed
     process = start(text, tmp_path, 1)
     out, err = process.communicate(timeout=100)
