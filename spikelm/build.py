@@ -25,6 +25,13 @@ class Build:
     num_layers: int
     make_projection: Callable[[str, int, int, bool], Projection]
 
-    def projection(self, name: str, in_features: int, out_features: int, bias: bool = False) -> Projection:
+    def projection(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        shard: str | None = None,
+    ) -> Projection:
         """A projection called ``name`` in this part, with the input neuron of the configuration."""
         return self.make_projection(name, in_features, out_features, bias)
