@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spikelm.codings.product import expanded_product
 from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
@@ -72,12 +73,18 @@ class Projection(Part):
                 valid=ctx.valid,
                 cap=getattr(self.neuron, "cap", None),
             )
-        y = cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
+        y = self._multiply(_as_weights(spikes, self.linear), ctx)
         if scale is not None:
             y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y, state
+
+    def _multiply(self, spikes: Tensor, ctx: Context) -> Tensor:
+        # Binary spikes are one micro-step already, and without a neuron there is nothing to expand.
+        if ctx.coding is not None and hasattr(self.neuron, "cap"):
+            return expanded_product(self.linear, spikes, ctx.coding)
+        return cast(Tensor, self.linear(spikes))
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """One token: x [B, D] -> y [B, D']."""

@@ -109,17 +109,17 @@ class Coding(ABC):
                     f"a count is {_first(counts, ~whole):g}; expected whole numbers (the input of a coding "
                     "is what an integer neuron such as adaptive sends, before the threshold scales it)"
                 )
-        low, high = int(counts.amin()), int(counts.amax())
+        low, high = float(counts.amin()), float(counts.amax())
         worst = low if -low > high else high
         if low < 0 and not self.signed:
             raise CodingError(
-                f"coding {self.name!r} got the count {low}, but its events are {self._letters()} and it has "
-                "codes for counts from 0 only; choose ternary, bidirectional or twos_complement"
+                f"coding {self.name!r} got the count {low:g}, but its events are {self._letters()} and "
+                "it has codes for counts from 0 only; choose ternary, bidirectional or twos_complement"
             )
         if abs(worst) > limit:
             raise CodingError(
-                f"coding {self.name!r} got the count {worst} with limit {limit}; expected |count| <= limit: "
-                "raise the limit, or lower the neuron's cap"
+                f"coding {self.name!r} got the count {worst:g} with limit {limit}; expected |count| <= "
+                "limit: raise the limit, or lower the neuron's cap"
             )
 
     def _letters(self) -> str:

@@ -108,7 +108,7 @@ class CountHistogram:
     @property
     def negative(self) -> bool:
         """Whether any count is below zero."""
-        return bool(self.bins[: BINS].any())
+        return bool(self.bins[:BINS].any())
 
     @property
     def mean_magnitude(self) -> float:

@@ -1,5 +1,6 @@
-"""``twos_complement``: the bits of n in two's complement; T = ceil(log2(limit + 1)) planes of weight 2^t and
-one more, the sign, of weight -2^T.
+"""``twos_complement``: the bits of n in two's complement.
+
+T = ceil(log2(limit + 1)) planes of weight 2^t, and one more, the sign, of weight -2^T.
 """
 
 from __future__ import annotations
