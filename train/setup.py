@@ -170,6 +170,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> SpikeLM:
     """
     if config.init_from is None:
         resolved = model_config(config.model, tokenizer)
+        refuse_int8(resolved, "the model")
         torch.manual_seed(config.seed)
         model = SpikeLM(resolved)
     else:
@@ -184,11 +185,25 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> SpikeLM:
     return model
 
 
+def refuse_int8(config: ModelConfig, what: str) -> None:
+    """Refuse to train a model some of whose weights are int8.
+
+    Raises:
+        ConfigError: naming ``what`` has such weights.
+    """
+    if config.has_int8:
+        raise ConfigError(
+            f"{what} has int8 weights, which cannot be trained: train the float checkpoint it was made from, "
+            "and quantise that again"
+        )
+
+
 def _from_checkpoint(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> SpikeLM:
     """The checkpoint's model with its weights in float32."""
     from spikelm.checkpoint import check_weights, load_tokenizer, read_config, read_weights
 
     start = read_config(folder)
+    refuse_int8(start, f"init_from {folder}")
     try:
         own = load_tokenizer(folder)
     except DataError:  # converted weights may have none, and then there is nothing to compare
@@ -205,6 +220,7 @@ def _from_checkpoint(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> 
             f"init_from {folder} only {start.vocab_size}; use the tokenizer it was trained with"
         )
     resolved = model_config(config.model, tokenizer, start)
+    refuse_int8(resolved, "the model")
     torch.manual_seed(config.seed)
     model = SpikeLM(resolved)
     weights = read_weights(folder)
