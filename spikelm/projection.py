@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spikelm.codings.product import expanded_product
 from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
@@ -90,8 +91,11 @@ class Projection(Part):
 
     def _multiply(self, spikes: Tensor, ctx: Context) -> Tensor:
         """Spikes times weights; float32 for int8 weights, else the weights' dtype."""
-        if isinstance(self.linear, Int8Linear):
-            return self.linear(spikes) if self.neuron.spiking else self.linear.weight_only(spikes)
+        if isinstance(self.linear, Int8Linear) and not self.neuron.spiking:
+            return self.linear.weight_only(spikes)
+        # Binary spikes are one micro-step already, and without a neuron there is nothing to expand.
+        if ctx.coding is not None and hasattr(self.neuron, "cap"):
+            return expanded_product(self.linear, _as_weights(spikes, self.linear), ctx.coding)
         return cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
