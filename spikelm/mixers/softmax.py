@@ -75,9 +75,7 @@ class SoftmaxMixer(Part):
         self.query = build.projection("query", D, wide, qkv_bias, shard="column")
         self.key = build.projection("key", D, narrow, qkv_bias, shard="column")
         self.value = build.projection("value", D, narrow, qkv_bias, shard="column")
-        self.output_gate = (
-            build.projection("output_gate", D, wide, shard="column") if output_gate else None
-        )
+        self.output_gate = build.projection("output_gate", D, wide, shard="column") if output_gate else None
         self.output = build.projection("output", wide, D, output_bias, shard="row")
         self.query_norm: nn.Module | None = build.rms_norm(heads.dim) if qk_norm else None
         self.key_norm: nn.Module | None = build.rms_norm(heads.dim) if qk_norm else None
@@ -159,7 +157,10 @@ class SoftmaxMixer(Part):
         # Of the ring only what some row has filled, in order of time, the newest at the right.
         past = min(int(last.max()), room)
         order = (last[:, None] - past + torch.arange(past, device=x.device)) % room
-        kept = [torch.cat([_columns(old, order).to(now.dtype), now], 1) for old, now in zip(ring, (k, v), strict=True)]
+        kept = [
+            torch.cat([_columns(old, order).to(now.dtype), now], 1)
+            for old, now in zip(ring, (k, v), strict=True)
+        ]
         own = past + torch.arange(T, device=x.device)
         o = attend(q, kept[0], kept[1], own - position.clamp(max=room - 1), self._pinned(state, q.dtype))
         # Slot s holds the newest position that is s modulo R; its column counts back from the last valid token.
@@ -203,9 +204,7 @@ class SoftmaxMixer(Part):
             q, k = self.rope.rotate(q, place), self.rope.rotate(k, place)
         return q, k, v, new
 
-    def _close(
-        self, x: Tensor, o: Tensor, state: State, new: State, ctx: Context
-    ) -> tuple[Tensor, State]:
+    def _close(self, x: Tensor, o: Tensor, state: State, new: State, ctx: Context) -> tuple[Tensor, State]:
         """Gate and output projection of the heads' outputs o [.., H, d]; the complete new state."""
         o = o.flatten(-2)
         if o.dim() == 3:

@@ -109,9 +109,7 @@ def write(folder: Path, tensors: Weights, config: dict[str, Any] = CONFIG, shard
         save_file(tensors, folder / "model.safetensors")
         return folder
     names = sorted(tensors)
-    place = {
-        name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)
-    }
+    place = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
     for file in sorted(set(place.values())):
         save_file({name: tensors[name] for name in names if place[name] == file}, folder / file)
     index = {"metadata": {"total_size": 0}, "weight_map": place}
