@@ -100,7 +100,8 @@ def resolve_rope(
             f"{features} of {head_dim} features of a head would be rotated; expected an even number of at "
             "least 2: change head_dim or partial_rotary_factor, or set rope: false"
         )
-    exponent = torch.arange(0, features, 2, dtype=torch.float64) / features
+    # On the CPU also where a model is built on the meta device: the angles are numbers of the configuration.
+    exponent = torch.arange(0, features, 2, dtype=torch.float64, device="cpu") / features
     frequency, magnitude = float(theta) ** -exponent, 1.0
     if scaling is not None:
         kind, options = _checked(scaling)
@@ -158,7 +159,7 @@ def _yarn(frequency: Tensor, theta: float, options: Mapping[str, Any]) -> _Scale
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, features - 1)
     width = high - low or 0.001
-    slowed = ((torch.arange(features // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+    slowed = ((torch.arange(features // 2, dtype=torch.float64, device="cpu") - low) / width).clamp(0, 1)
     magnitude = options.get("attention_factor")
     if magnitude is None:
         scale, whole = options.get("mscale"), options.get("mscale_all_dim")
