@@ -124,6 +124,7 @@ def logits(
     k: float | None = None,
     config: dict[str, Any] = CONFIG,
     dense_down: bool = False,
+    product: torch.dtype = torch.float64,
 ) -> Tensor:
     """Logits [T, V] of one sequence.
 
@@ -133,6 +134,7 @@ def logits(
         k: of the spikes before every projection; None for none.
         config: as published.
         dense_down: W8ASpike's code gives the down projection the float activation and the stored weight.
+        product: dtype of integer times scale; the release rounds it to the dtype of the weights.
     """
     w = {name: value.double() for name, value in tensors.items()}
     D, H = config["hidden_size"], config["num_attention_heads"]
@@ -145,9 +147,9 @@ def logits(
         matrix = w[name + ".weight"]
         scales = w.get(name + ".weight_quantizer.scales")
         if scales is not None and not dense:
-            outputs, inputs = matrix.shape
-            grouped = matrix.view(outputs, scales.shape[1], -1)
-            matrix = (torch.round(grouped / scales) * scales).view(outputs, inputs)
+            # Integers in float32, as the release divides; in float64 some would round the other way.
+            integers = torch.round(matrix.float().unflatten(1, (scales.shape[1], -1)) / scales.float())
+            matrix = (integers.to(product) * scales.to(product)).double().flatten(1)
         if k is not None and not dense:
             threshold = (x.abs().mean() / k).clamp(1e-5, 1e4)
             x = torch.round(x / threshold) * threshold
