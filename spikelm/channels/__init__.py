@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spikelm.channels import mlp, rwkv
+from spikelm.channels import mlp, rwkv, swiglu
 
-__all__ = ["mlp", "rwkv"]
+__all__ = ["mlp", "rwkv", "swiglu"]
