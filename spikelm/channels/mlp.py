@@ -1,10 +1,10 @@
 """``mlp``: two projections, the channel of Spikformer and of the Spike-driven Transformer.
 
-y = W_down activation(norm(W_up x)), a neuron before each projection (``placement: before``): the neuron before
-``down`` is the nonlinearity of the papers (arXiv 2209.15425, section 3.2: linear, BatchNorm, neuron, twice).
-State: the input neurons' states under "up" and "down". Deviations: the norm is per token, and ``relu`` stands before
-the neuron, so that counting neurons and the continuous twin have a nonlinearity too; ``activation: none`` leaves it
-out.
+y = W_down activation(norm(W_up x)), a neuron before each projection (``placement: before``): the neuron
+before ``down`` is the nonlinearity of the papers (arXiv 2209.15425: linear, BatchNorm, neuron, twice; arXiv
+2307.01694: neuron, linear, BatchNorm, twice). State: the input neurons' states under "up" and "down".
+Deviations: the norm is per token and stands behind ``up`` only, and ``relu`` before the neuron, so that
+counting neurons and the continuous twin have a nonlinearity too; ``activation: none`` leaves it out.
 """
 
 from __future__ import annotations

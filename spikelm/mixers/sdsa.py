@@ -1,17 +1,17 @@
 """``sdsa``: the mask-and-add attention of the Spike-driven Transformer, over a text.
 
-No product of matrices: spikes mask spikes, a running sum per channel passes a neuron, and its spikes mask again
-(* is the product of zeros and ones, an AND)::
+No product of matrices: spikes mask spikes, a running sum per channel passes a neuron, and its spikes mask
+again (* is the product of zeros and ones, an AND)::
 
     version 1   y_t = W_o (q_t * neuron(sum_j k_j * v_j))      arXiv 2307.01694, equation 10: SDSA-1
     version 2   y_t = W_o (v_t * neuron(sum_j q_j))            arXiv 2404.03663: SDSA-2, without keys
 
-The sum is scale / n_t * (M_t = a M_{t-1} + ...), per channel, over the tokens so far. SDSA-3 and SDSA-4 of the
-second paper have Spikformer's matrix between the spikes: mixer ``ssa`` with an ``attention_neuron`` of fixed and of
-learned threshold.
+The sum runs over the tokens so far, per channel, with the mean, decay and scale of
+:mod:`spikelm.mixers.spiking_attention`. SDSA-3 and SDSA-4 of the second paper have Spikformer's matrix
+between the spikes: mixer ``ssa`` with an ``attention_neuron`` of fixed and of learned threshold.
 
-State and options: see :mod:`spikelm.mixers.spiking_attention`; the memory is [B, H, 1, head_dim], a sum per channel.
-Deviations: as of ``ssa``; heads only matter for the decay.
+State and options: see that module; the memory is [B, H, 1, head_dim], one sum per channel. Deviations: as of
+``ssa``; heads only matter for the decay.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MASK_NEURON: Mapping[str, Any] = {
     "gain": 4.0,
     "detach_reset": True,
 }
-"""Neuron on the sum unless the configuration names one: the learned gain is a learned threshold per channel."""
+"""Neuron on the sum unless the configuration names one; its gain is a learned threshold per channel."""
 
 
 @mixers.register("sdsa")
@@ -46,8 +46,8 @@ class SDSA(SpikingAttention):
     Args:
         build: place in the model.
         version: 1 or 2, see the module.
-        options: as in :class:`spikelm.mixers.spiking_attention.SpikingAttention`; ``attention_neuron`` None: ``plif``
-            with a learned gain where the inputs of the projections are spikes, and none where they are not.
+        options: as in :class:`spikelm.mixers.spiking_attention.SpikingAttention`; ``attention_neuron`` None:
+            ``plif`` with a learned gain where the inputs of the projections are spikes, else none.
 
     Raises:
         ConfigError: another version.
@@ -60,10 +60,13 @@ class SDSA(SpikingAttention):
                 f"version of sdsa is {version}; expected 1 or 2 (SDSA-3 and SDSA-4 are the mixer ssa with an "
                 "attention_neuron)"
             )
-        if version == 2:
-            self.inputs = ("query", "value")
-        super().__init__(build, **options)
         self.version = version
+        super().__init__(build, **options)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Keys are what version 2 leaves out."""
+        return ("query", "key", "value") if self.version == 1 else ("query", "value")
 
     def _usual(self, spiking: bool) -> Mapping[str, Any] | None:
         return MASK_NEURON if spiking else None

@@ -1,29 +1,31 @@
 """What the spiking attentions ``ssa`` and ``sdsa`` share: spikes in, sums of spikes over the past, output.
 
-x -> projection -> norm -> neuron for each of query, key and value, so that what meets is 0 or 1; no softmax.
+x -> projection -> norm -> neuron for each of query, key and value: what meets is 0 or 1; there is no softmax.
 The past is a sum of spikes M per head, which a subclass writes with k_t^T v_t and reads with q_t::
 
     M_t = a M_{t-1} + k_t^T v_t        a = 1: a count, by additions only; else decay
     n_t = a n_{t-1} + 1                tokens that count, the same decay
     o_t = scale * q_t M_t / n_t        mean; without: scale * q_t M_t
 
-The mean is not in the papers: they sum over the 196 patches of an image and scale by 0.125 once; over a text the
-sum grows with the position until every neuron behind it fires always. Dividing by n_t needs no division: o_t
-reaches a threshold where scale * q_t M_t reaches n_t thresholds.
+The mean is not in the papers: they sum over the 196 patches of an image and scale by 0.125 once; over a text
+the sum grows with the position until every neuron behind it fires always. Dividing by n_t needs no division:
+o_t reaches a threshold where scale * q_t M_t reaches n_t thresholds.
 
-``causal: false`` sums over the whole document instead (the papers' form, for encoders); resets separate documents.
+``causal: false`` sums over the whole document instead (the papers' form, for encoders); resets separate
+documents.
 
-State: {"memory": [B, H, K, V], "count": [B, H] (with mean), "shift": [B, D] (with token_shift), and those of the
-projections and neurons under "query", "query_neuron", ..., "output"}; float32 (float64 for float64). Without decay
-memory and count are integers, exact until a sum reaches 2**24 (2**53): see ``docs/spikformer.md``. Without
-``causal`` there is no memory: the neurons, which do run along the tokens, keep theirs.
+State: {"memory": [B, H, K, V], "count": [B, H] (with mean), "shift": [B, D] (with token_shift), and those of
+the projections and neurons under "query", "query_neuron", ..., "output"}; float32 (float64 for float64).
+Without decay memory and count are integers, exact until a sum reaches 2**24 (2**53): see
+``docs/spikformer.md``. Without ``causal`` there is no memory: the neurons, which do run along the tokens,
+keep theirs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +70,10 @@ class SpikingAttention(Part):
         ConfigError: sizes, a neuron or a decay that do not fit.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("query", "key", "value")
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the input is projected to; names of projections."""
+        return ("query", "key", "value")
 
     def __init__(
         self,
@@ -125,7 +130,7 @@ class SpikingAttention(Part):
             raise ConfigError("decay needs an order of the tokens; leave it out with causal: false")
         if not self.causal and build.sink_tokens:
             raise ConfigError(
-                "sink tokens reach a text through memory, which causal: false does not have; set sink_tokens to 0"
+                "sink tokens reach a text through memory, which causal: false lacks; set sink_tokens to 0"
             )
 
     @staticmethod
@@ -134,8 +139,8 @@ class SpikingAttention(Part):
         neuron = build_neuron(spec, width)
         if neuron.spiking and not neuron.binary:
             raise ConfigError(
-                f"neuron {spec['name']!r} sends counts; spiking attention adds spikes that are 0 or 1: use lif, "
-                "plif, if or heaviside"
+                f"neuron {spec['name']!r} sends counts; spiking attention adds spikes that are 0 or 1: use "
+                "lif, plif, if or heaviside"
             )
         return neuron
 

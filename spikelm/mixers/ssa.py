@@ -9,19 +9,19 @@ Query, key and value are spikes, there is no softmax, and what was read passes a
 The last neuron is ``attention_neuron`` or, without one, the input neuron of the projection ``output``. With
 a = 1 everything between the projections is additions: S_t counts, and q_t picks the rows to be added.
 
-State and options: see :mod:`spikelm.mixers.spiking_attention`. Deviations: the sum reaches over the tokens so far
-instead of the patches of an image (``causal: false`` gives the paper's form), its mean is taken (``mean: false,
-scale: 0.125`` as published), the norm is per token, and the neurons run along the tokens, where the paper repeats
-an image over four time steps. SDSA-3 and SDSA-4 of Spike-driven Transformer V2 (arXiv 2404.03663) are this mixer
-with an ``attention_neuron`` of fixed and of learned threshold.
+State and options: see :mod:`spikelm.mixers.spiking_attention`. Deviations: the sum reaches over the tokens
+so far instead of the patches of an image (``causal: false`` gives the paper's form), its mean is taken
+(``mean: false, scale: 0.125`` as published), the norm is per token, and the neurons run along the tokens,
+where the paper repeats an image over four time steps. SDSA-3 and SDSA-4 of Spike-driven Transformer V2 (arXiv
+2404.03663) are this mixer with an ``attention_neuron`` of fixed and of learned threshold.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from spikelm.mixers.spiking_attention import SpikingAttention
 from spikelm.block import fire
+from spikelm.mixers.spiking_attention import SpikingAttention
 from spikelm.recurrence import Context
 from spikelm.registry import mixers
 from spikelm.state import State

@@ -35,14 +35,24 @@ NEURONS: dict[str, list[dict[str, Any]]] = {
 MIXERS: dict[str, list[dict[str, Any]]] = {
     "ssa": [
         {},
-        {"neuron": {"name": "lif", "threshold": 0.4}, "num_heads": 2, "decay": "learned", "token_shift": True},
+        {
+            "neuron": {"name": "lif", "threshold": 0.4},
+            "num_heads": 2,
+            "decay": "learned",
+            "token_shift": True,
+        },
         {"neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False, "norm": False},
         {"attention_neuron": {"name": "plif", "threshold": 0.3}, "head_dim": 4, "scale": 2.0},
         {"causal": False, "num_heads": 2, "token_shift": True},
     ],
     "sdsa": [
         {},
-        {"neuron": {"name": "lif", "threshold": 0.4}, "num_heads": 2, "decay": "learned", "token_shift": True},
+        {
+            "neuron": {"name": "lif", "threshold": 0.4},
+            "num_heads": 2,
+            "decay": "learned",
+            "token_shift": True,
+        },
         {"version": 2, "neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False},
         {"version": 2, "norm": False},
         {"causal": False, "neuron": {"name": "heaviside"}},

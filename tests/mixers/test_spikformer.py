@@ -1,4 +1,4 @@
-"""``ssa`` and ``sdsa``: the papers' equations token by token, spikes that are spikes, sums that are counts."""
+"""``ssa`` and ``sdsa``: the papers' equations token by token, spikes of 0 and 1, sums that are counts."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def test_sdsa_is_masks_and_additions(version: int, causal: bool) -> None:
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
             past = added[b, : t + 1] if causal else added[b]
-            mask = past.sum(0) >= threshold * len(past)  # integers against a threshold that grows by additions
+            mask = past.sum(0) >= threshold * len(
+                past
+            )  # integers against a threshold that grows by additions
             spikes = (mask & masked[b, t]).flatten()
             share.append(mask.double().mean())
             expected[b, t] = mixer.output.linear.weight[:, spikes].sum(1)  # the columns of spikes, added
@@ -194,7 +196,9 @@ def test_counts_are_exact_below_2_to_the_24_and_stop_there(name: str) -> None:
             pieces = state
             for t in range(60):
                 _, pieces = mixer(x[:, t], pieces)
-            assert torch.equal(whole["memory"], pieces["memory"])  # chunked == token by token, to the last count
+            assert torch.equal(
+                whole["memory"], pieces["memory"]
+            )  # chunked == token by token, to the last count
             if both is not None:
                 assert torch.equal(whole["memory"].flatten(), limit - 100 + both.flatten())
             _, end = mixer(x, state)
@@ -208,7 +212,10 @@ def test_a_long_text_is_counted_exactly() -> None:
     """100,000 tokens in float32, against a sum of int64; split anywhere."""
     mixer = build("ssa", mean=True).float()
     x = torch.randn(1, 100_000, D, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), heard(mixer, "query_neuron", "key_neuron", "value_neuron", "attention_neuron") as seen:
+    with (
+        torch.no_grad(),
+        heard(mixer, "query_neuron", "key_neuron", "value_neuron", "attention_neuron") as seen,
+    ):
         y, state = mixer(x)
         q, k, v = (
             seen[f"{name}_neuron"][0].unflatten(-1, (HEADS, DIM)).long() for name in ("query", "key", "value")
@@ -231,7 +238,9 @@ def test_the_mean_keeps_its_size_over_a_text(name: str, decay: str | None) -> No
     x = text(4, 1024)
     sizes = {}
     for mean in (True, False):
-        mixer = build(name, decay=decay, mean=mean, attention_neuron={"name": "none"} if name == "ssa" else HEAVISIDE)
+        mixer = build(
+            name, decay=decay, mean=mean, attention_neuron={"name": "none"} if name == "ssa" else HEAVISIDE
+        )
         with torch.no_grad():
             inner = mixer.attention_neuron
             inputs: list[Tensor] = []
