@@ -63,6 +63,8 @@ class Neuron(Part):
 
     spiking: ClassVar[bool] = True
     """Whether the output consists of spikes (binary or integer); false only for ``none``."""
+    binary: ClassVar[bool] = False
+    """Whether every spike is 0 or 1."""
 
     def __init__(self, features: int, *, rate_target: Mapping[str, Any] | None = None) -> None:
         """Store the size and parse the rate target."""
@@ -89,6 +91,16 @@ class Neuron(Part):
         """
         y, state = self(x, state, ctx)
         return y, None, state
+
+    def clipped(self, x: Tensor, spikes: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Where the cap made a count smaller, bool [.., D], or None without a cap.
+
+        Args:
+            x: input of :meth:`encode`, [.., D].
+            spikes: what it returned.
+            scale: what it returned.
+        """
+        return None
 
     def fired(self, x: Tensor, spikes: Tensor) -> Tensor:
         """1.0 where a channel fired, differentiable in x through a surrogate; [.., D]."""

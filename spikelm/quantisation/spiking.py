@@ -96,8 +96,7 @@ def check_convertible(config: ModelConfig, request: Request) -> None:
             "be lost where neurons stand before projections; convert its continuous twin, or a model of "
             "placement 'before'"
         )
-    held = [config.weights, *config.weight_overrides.values()]
-    if any(spec["name"] == "int8" for spec in held):
+    if config.has_int8:
         raise ConfigError(
             "the checkpoint has int8 weights already; convert the float checkpoint that it was made from"
         )
