@@ -92,8 +92,8 @@ def check_convertible(config: ModelConfig, request: Request) -> None:
     """
     if config.placement == "after" and config.neuron["name"] != "none":
         raise ConfigError(
-            f"the checkpoint has neurons ({config.neuron['name']}) after its mixers and channels, which would "
-            "be lost where neurons stand before projections; convert its continuous twin, or a model of "
+            f"the checkpoint has neurons ({config.neuron['name']}) after its mixers and channels, which "
+            "would be lost if they stood before projections; convert its continuous twin, or a model of "
             "placement 'before'"
         )
     if config.has_int8:
