@@ -160,7 +160,7 @@ def _prepare(
     from spikelm.quantisation.text import split
 
     config = read_config(checkpoint)
-    check_convertible(config, request)
+    check_convertible(config)
     _check_out(out, checkpoint, overwrite, "sweep.json" if sweep else "config.json")
     words = tokenizer_for(checkpoint, tokenizer)
     corpus = read_corpus(open_source(calibration), words, start=start, max_bytes=max_bytes)
@@ -173,7 +173,7 @@ def _prepare(
     model = load_model(checkpoint)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     model = model.float()
-    projections, _ = convertible(model, request)
+    projections, _ = convertible(model, request.head)
     before = held_out.measure(model).to_dict()
     tokens = sum(len(window.inputs) for window in windows)
     with progress("calibrating", tokens, "tokens") as bar:
@@ -212,15 +212,10 @@ def _convert(work: _Work, out: Path, request: Request, coding: Coding | None, js
 
     from spikelm.checkpoint import save_checkpoint
     from spikelm.quantisation.report import markdown
-    from spikelm.quantisation.spiking import convert
 
     report, chosen, model = _measured(work, request)
     if request.search:
-        uniform = convert(
-            work.model, work.samples, dataclasses.replace(chosen, choices=chosen.uniform), request
-        )
-        figures = report["bits_per_byte"]
-        figures["one k for all"] = work.held_out.measure(uniform).to_dict()
+        report["one_k_for_all"], report["bits_per_byte"]["one k for all"] = _uniform(work, chosen, request)
     if coding is not None:
         with progress(f"expanding ({coding.name})", None, "tokens"):
             expanded = work.held_out.measure(model, coding=coding).to_dict()
@@ -263,6 +258,19 @@ def _measured(work: _Work, request: Request) -> tuple[dict[str, Any], Plan, Spik
         "git_revision": git_revision(),
     }
     return report, chosen, model
+
+
+def _uniform(work: _Work, chosen: Plan, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Spikes and bits per byte of the same weights with one k for all, which the search is to better."""
+    from spikelm.codings.meter import CountMeter
+    from spikelm.quantisation.report import projection_rows, totals
+    from spikelm.quantisation.spiking import convert
+
+    alike = dataclasses.replace(chosen, choices=chosen.uniform)
+    model = convert(work.model, work.samples, alike, request)
+    meter = CountMeter()
+    figure = work.held_out.measure(model, meter).to_dict()
+    return totals(projection_rows(work.model, model, alike, meter), alike, meter), figure
 
 
 def _sweep(work: _Work, out: Path, requests: list[Request], json_file: Path | None) -> None:

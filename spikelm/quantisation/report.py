@@ -139,6 +139,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     label = next(iter(figures.values()))["label"]
     lines += ["", f"Held-out text: {report['evaluation']['name']}, {label}.", ""]
     total = report["totals"]
+    if "one_k_for_all" in report:
+        found, alike = (
+            entry["mean_over_multiply_accumulates"]["ones_per_count"]
+            for entry in (total, report["one_k_for_all"])
+        )
+        if found is not None and alike is not None:
+            lines += [
+                f"Ones per count, weighted by multiply-accumulates: {found:.4f} converted, {alike:.4f} with one "
+                "k for all (the budget, there on the calibration rows).",
+                "",
+            ]
     lines += [
         f"Weights of the projections: {total['bytes_before']:,} bytes before, {total['bytes_after']:,} after "
         f"({total['bytes_bfloat16']:,} in bfloat16).",

@@ -84,7 +84,7 @@ class Plan:
     sizes: Mapping[str, int]
 
 
-def check_convertible(config: ModelConfig, request: Request) -> None:
+def check_convertible(config: ModelConfig) -> None:
     """Refuse models that cannot be converted.
 
     Raises:
@@ -102,12 +102,12 @@ def check_convertible(config: ModelConfig, request: Request) -> None:
         )
 
 
-def convertible(model: SpikeLM, request: Request) -> tuple[dict[str, Projection], dict[str, str]]:
+def convertible(model: SpikeLM, head: bool = False) -> tuple[dict[str, Projection], dict[str, str]]:
     """Projections that get ``adaptive``, and path -> name of those whose binary neuron stays."""
     chosen: dict[str, Projection] = {}
     kept: dict[str, str] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, Projection) or (path == "head" and not request.head):
+        if not isinstance(module, Projection) or (path == "head" and not head):
             continue
         if module.neuron.spiking and not hasattr(module.neuron, "cap"):
             kept[path] = str(model.config.input_neuron(path)["name"])
@@ -143,7 +143,7 @@ def plan(
         request: what is asked for.
         advance: called with projections done.
     """
-    projections, kept = convertible(model, request)
+    projections, kept = convertible(model, request.head)
     uniform: dict[str, Choice] = {}
     options: dict[str, list[Choice]] = {}
     sizes = {path: module.in_features * module.out_features for path, module in projections.items()}
