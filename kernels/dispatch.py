@@ -123,7 +123,7 @@ def _automatic(op: str, device_type: str) -> str:
         chosen, reason = "torch", "no C kernel of it exists yet"
     else:
         problem = _problem(op, "c", device_type)
-        if problem is not None:
+        if problem is not None and "c" in OPS[op]:
             _warn_slow(problem)
         chosen, reason = ("c", "compiled for this CPU") if problem is None else ("torch", problem)
     _announce(op, device_type, chosen, reason)

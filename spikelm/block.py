@@ -14,17 +14,17 @@ State: {"mixer", "channel", "mixer_neuron", "channel_neuron"}.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spikelm.build import Build
-from spikelm.config import NO_NEURON, ModelConfig, Spec
+from spikelm.config import NO_NEURON, ModelConfig, Spec, check_spec
 from spikelm.neurons.base import Neuron, build_neuron, build_part
+from spikelm.norms import make_norm
 from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part
-from spikelm.registry import Registry, channels, mixers
+from spikelm.registry import channels, mixers
 from spikelm.state import State
 
 CHILDREN = ("mixer", "channel", "mixer_neuron", "channel_neuron")
@@ -35,7 +35,7 @@ def make_projection(
 ) -> Projection:
     """The projection at ``prefix.name`` with the input neuron that the configuration gives it."""
     neuron = build_neuron(config.input_neuron(f"{prefix}{name}"), inputs)
-    return Projection(inputs, outputs, neuron, bias)
+    return Projection(inputs, outputs, neuron, bias, config.projection_weights(f"{prefix}{name}"))
 
 
 def fire(neuron: Neuron, x: Tensor, state: Tensor | State, ctx: Context) -> tuple[Tensor, State]:
@@ -57,12 +57,12 @@ class Block(Part):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """Build the parts named by the configuration."""
         super().__init__()
-        D, eps = config.hidden_size, config.layer_norm_epsilon
+        D = config.hidden_size
         specs = config.layer(layer)
-        self.mixer_norm = nn.LayerNorm(D, eps)
-        self.mixer = _build(mixers, specs["mixer"], config, layer, "mixer")
-        self.channel_norm = nn.LayerNorm(D, eps)
-        self.channel = _build(channels, specs["channel"], config, layer, "channel")
+        self.mixer_norm = make_norm(config, D)
+        self.mixer = build_child(config, layer, f"blocks.{layer}.", "mixer", "mixer", specs["mixer"])
+        self.channel_norm = make_norm(config, D)
+        self.channel = build_child(config, layer, f"blocks.{layer}.", "channel", "channel", specs["channel"])
         after = config.neuron if config.placement == "after" else NO_NEURON
         self.mixer_neuron = build_neuron(after, D)
         self.channel_neuron = build_neuron(after, D)
@@ -95,14 +95,34 @@ class Block(Part):
         return x + y.to(x.dtype), new
 
 
-def _build(registry: Registry[type[Any]], spec: Spec, config: ModelConfig, layer: int, kind: str) -> Part:
+def build_child(config: ModelConfig, layer: int, prefix: str, kind: str, name: str, spec: Spec) -> Part:
+    """The mixer or channel at path ``prefix + name``, which may build others inside itself.
+
+    Args:
+        config: the model's configuration.
+        layer: index of the block.
+        prefix: dotted path of the parent, with its dot.
+        kind: ``mixer`` or ``channel``.
+        name: of the attribute that will hold the part.
+        spec: name and options of the part.
+
+    Raises:
+        ConfigError: an unknown part or option.
+    """
+    check_spec(f"{prefix}{name}", spec)
     options = dict(spec)
-    name = options.pop("name")
+    part_name = options.pop("name")
+    path = f"{prefix}{name}."
     build = Build(
         hidden_size=config.hidden_size,
         layer=layer,
         num_layers=config.num_hidden_layers,
-        make_projection=partial(make_projection, config, f"blocks.{layer}.{kind}."),
+        make_projection=partial(make_projection, config, path),
+        make_child=partial(build_child, config, layer, path),
+        make_norm=partial(make_norm, config),
+        epsilon=config.layer_norm_epsilon,
+        sink_tokens=config.sink_tokens,
     )
-    part: Part = build_part(f"{kind} {name!r}", registry.get(name), options, build)
+    registry = mixers if kind == "mixer" else channels
+    part: Part = build_part(f"{kind} {part_name!r}", registry.get(part_name), options, build)
     return part

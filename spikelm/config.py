@@ -14,11 +14,13 @@ from typing import Any
 
 from spikelm.errors import ConfigError, nearest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Spec = Mapping[str, Any]
 """A named part with its options, for example {"name": "lif", "tau": 2.0}."""
 
 NO_NEURON: Spec = {"name": "none"}
+FLOAT: Spec = {"name": "float"}
+NORMS = ("layernorm", "rmsnorm")
 
 
 def _default_layers() -> tuple[Mapping[str, Spec], ...]:
@@ -42,7 +44,15 @@ class ModelConfig:
         embedding_neuron: neuron on the embedding (``heaviside``: binary embedding; ``none``: dense).
         head_neuron: input neuron of the head.
         tie_word_embeddings: whether the head shares the embedding's weights.
-        layer_norm_epsilon: of every LayerNorm.
+        norm: ``layernorm``, or ``rmsnorm`` (Llama, Qwen, SpikingBrain), before mixers, channels and the head.
+        embedding_norm: whether the embedding is normalised (RWKV-4) before the first block.
+        layer_norm_epsilon: of every norm.
+        initializer_range: standard deviation of every projection, the embedding and the head; None for the
+            scheme of RWKV-4 (see ``spikelm.initialisation``).
+        sink_tokens: learned vectors that stand before every text.
+        weights: how the projections of the blocks hold their weights: {"name": "float"}, or
+            {"name": "int8", "group_size": 128} for inference.
+        weight_overrides: path pattern -> the same for single projections; the head is float unless named.
         dropout: share of features dropped after every block in training.
         bos_token_id: first token of a text, or None.
         eos_token_id: end of a text, or None.
@@ -59,7 +69,13 @@ class ModelConfig:
     embedding_neuron: Spec = field(default_factory=lambda: dict(NO_NEURON))
     head_neuron: Spec = field(default_factory=lambda: dict(NO_NEURON))
     tie_word_embeddings: bool = False
+    norm: str = "layernorm"
+    embedding_norm: bool = True
     layer_norm_epsilon: float = 1e-5
+    initializer_range: float | None = None
+    sink_tokens: int = 0
+    weights: Spec = field(default_factory=lambda: dict(FLOAT))
+    weight_overrides: Mapping[str, Spec] = field(default_factory=dict)
     dropout: float = 0.0
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -73,7 +89,7 @@ class ModelConfig:
         """
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**24:
+            if not _whole(value) or not 1 <= value < 2**24:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {2**24 - 1}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
@@ -83,6 +99,13 @@ class ModelConfig:
                 )
         if self.placement not in ("before", "after"):
             raise ConfigError(f"placement is {self.placement!r}; expected 'before' or 'after'")
+        if self.norm not in NORMS:
+            raise ConfigError(f"norm is {self.norm!r}; expected {' or '.join(map(repr, NORMS))}")
+        if not _whole(self.sink_tokens) or not 0 <= self.sink_tokens < 2**16:
+            raise ConfigError(f"sink_tokens is {self.sink_tokens!r}; expected a whole number from 0 to 65535")
+        scale = self.initializer_range
+        if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale <= 10):
+            raise ConfigError(f"initializer_range is {scale!r}; expected a number from 0 to 10, or null")
         for name, low, high in (("layer_norm_epsilon", 0.0, 1.0), ("dropout", 0.0, 0.999)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
@@ -95,18 +118,20 @@ class ModelConfig:
                 f"layers has {len(self.layers)} entries for {self.num_hidden_layers} blocks; "
                 "expected a pattern that is at most as long as num_hidden_layers"
             )
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false")
+        for name in ("tie_word_embeddings", "embedding_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false")
         for layer in self.layers:
             if not isinstance(layer, Mapping) or set(layer) != {"mixer", "channel"}:
                 raise ConfigError(f"a layer is {layer!r}; expected exactly the keys mixer and channel")
-        for name in ("neuron", "embedding_neuron", "head_neuron"):
-            _check_spec(name, getattr(self, name))
+        for name in ("neuron", "embedding_neuron", "head_neuron", "weights"):
+            check_spec(name, getattr(self, name))
         for layer in self.layers:
             for name, spec in layer.items():
-                _check_spec(name, spec)
-        for name, spec in self.neuron_overrides.items():
-            _check_spec(f"neuron_overrides[{name!r}]", spec)
+                check_spec(name, spec)
+        for key in ("neuron_overrides", "weight_overrides"):
+            for name, spec in getattr(self, key).items():
+                check_spec(f"{key}[{name!r}]", spec)
 
     def layer(self, index: int) -> Mapping[str, Spec]:
         """Mixer and channel of block ``index``."""
@@ -121,10 +146,22 @@ class ModelConfig:
             return self.head_neuron
         return self.neuron if self.placement == "before" else NO_NEURON
 
+    def projection_weights(self, path: str) -> Spec:
+        """How the projection at a dotted path holds its weights."""
+        for pattern, spec in self.weight_overrides.items():
+            if fnmatchcase(path, pattern):
+                return spec
+        return FLOAT if path == "head" else self.weights
+
     def twin(self) -> ModelConfig:
-        """The continuous twin: the same model with every neuron off."""
+        """The continuous twin: the same model with every neuron off, those inside parts included."""
         return dataclasses.replace(
-            self, neuron=NO_NEURON, embedding_neuron=NO_NEURON, head_neuron=NO_NEURON, neuron_overrides={}
+            self,
+            neuron=NO_NEURON,
+            embedding_neuron=NO_NEURON,
+            head_neuron=NO_NEURON,
+            neuron_overrides={},
+            layers=tuple(_without_neurons(layer) for layer in self.layers),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,9 +194,32 @@ class ModelConfig:
         return cls.from_dict({**read_yaml(find("models", name)), **overrides})
 
 
-def _check_spec(where: str, spec: object) -> None:
+def check_spec(where: str, spec: object) -> None:
+    """Refuse what is not a mapping with a name.
+
+    Raises:
+        ConfigError: naming ``where``, the place in the configuration.
+    """
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         raise ConfigError(f"{where} is {spec!r}; expected a mapping with a name, such as {{name: lif}}")
+
+
+def _without_neurons(value: Any) -> Any:
+    """Options of parts with every neuron among them, however deep, replaced by ``none``."""
+    if isinstance(value, Mapping):
+        return {
+            key: dict(NO_NEURON)
+            if (key == "neuron" or key.endswith("_neuron")) and isinstance(entry, Mapping)
+            else _without_neurons(entry)
+            for key, entry in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_without_neurons(entry) for entry in value]
+    return value
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:

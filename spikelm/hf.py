@@ -162,7 +162,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             with torch.no_grad():
                 embedding.weight[old:].normal_(std=1e-4)
                 if core.head is not None and not config.tie_word_embeddings:
-                    core.head.linear.weight[old:].normal_(std=0.5 * config.hidden_size**-0.5)
+                    cast(Tensor, core.head.linear.weight)[old:].normal_(std=0.5 * config.hidden_size**-0.5)
         return embedding
 
     def _supports_default_dynamic_cache(self) -> bool:

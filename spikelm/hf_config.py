@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from spikelm.config import FORMAT_VERSION, NO_NEURON, ModelConfig
+from spikelm.config import FLOAT, FORMAT_VERSION, NO_NEURON, ModelConfig
 from spikelm.errors import CheckpointError, ConfigError, nearest
 from spikelm.pooling import check_pooling
 
@@ -60,7 +60,13 @@ class SpikeLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     embedding_neuron: dict[str, Any] = field(default_factory=lambda: dict(NO_NEURON))
     head_neuron: dict[str, Any] = field(default_factory=lambda: dict(NO_NEURON))
     tie_word_embeddings: bool = False
+    norm: str = "layernorm"
+    embedding_norm: bool = True
     layer_norm_epsilon: float = 1e-5
+    initializer_range: float | int | None = None
+    sink_tokens: int = 0
+    weights: dict[str, Any] = field(default_factory=lambda: dict(FLOAT))
+    weight_overrides: dict[str, Any] = field(default_factory=dict)
     dropout: float | int = 0.0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

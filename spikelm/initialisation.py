@@ -12,6 +12,10 @@ RWKV-4's scheme, which SpikeGPT uses (D features, block l of L, feature i of D):
 | time_first | log 0.3 + 0.5 ((i + 1) mod 3 - 1) |
 | mix_k, mix_v, mix_r of wkv4 | (i/D)^(1 - l/L), the same + 0.3 l/(L - 1), (i/D)^(0.5 (1 - l/L)) |
 | mix_k, mix_r of rwkv | (i/D)^(1 - l/L) |
+| sinks | normal, 0.02 |
+
+With ``initializer_range`` (Llama, Qwen, SpikingBrain) the embedding, the head, the sinks and every projection
+are normal with that standard deviation; the token-shift mixtures and decays of the table stay.
 
 Norms, biases and neuron parameters keep what their constructors set. A part of another package sets its own
 parameters in its constructor; its projections get the row "other projections".
@@ -38,6 +42,9 @@ def initialise(model: SpikeLM) -> None:
     """Set every weight of a model in place, drawing from torch's global generator."""
     if model.embedding.weight.is_meta:
         return
+    spread = model.config.initializer_range
+    if model.sinks is not None:
+        model.sinks.normal_(std=0.02 if spread is None else spread)
     zero: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, WKV4):
@@ -49,15 +56,21 @@ def initialise(model: SpikeLM) -> None:
             module.mix_r.copy_(ratio**module.depth_left)
             zero |= {module.value, module.receptance}
     for module in model.modules():
-        if isinstance(module, Projection) and module is not model.head:
-            if module in zero:
+        if isinstance(module, Projection) and isinstance(module.linear, nn.Linear):
+            if spread is not None:
+                module.linear.weight.normal_(std=spread)
+            elif module in zero:
                 module.linear.weight.zero_()
-            else:
+            elif module is not model.head:
                 _orthogonal(module.linear.weight, 1.0)
+    if spread is not None:
+        model.embedding.weight.normal_(std=spread)
+        return
     vocabulary, features = model.embedding.weight.shape
     nn.init.orthogonal_(model.embedding.weight, gain=1e-4 * math.sqrt(max(vocabulary, features)))
-    if model.head is not None and not model.config.tie_word_embeddings:
-        _orthogonal(model.head.linear.weight, 0.5)
+    head = model.head
+    if head is not None and isinstance(head.linear, nn.Linear) and not model.config.tie_word_embeddings:
+        _orthogonal(head.linear.weight, 0.5)
 
 
 def _orthogonal(weight: Tensor, scale: float) -> None:

@@ -2,8 +2,8 @@
 
 A plain nn.Module: training, evaluation and serving use it, ``hf.py`` wraps it. Features: any registered
 mixer and channel per layer, neurons before every projection or after every part, binary or dense embedding,
-tied or untied head, gradient checkpointing, packed documents (reset), padding (valid), one function for
-training and decoding.
+tied or untied head, learned sink tokens before every text, gradient checkpointing, packed documents (reset),
+padding (valid), one function for training and decoding.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from spikelm.config import ModelConfig
 from spikelm.errors import ConfigError, ShapeError, StateError, nearest
 from spikelm.initialisation import initialise
 from spikelm.neurons.base import build_neuron
+from spikelm.norms import make_norm
 from spikelm.projection import Projection
 from spikelm.recurrence import EMPTY, Context, Part, zero_invalid
+from spikelm.segments import in_segments
 from spikelm.state import State
 
 
@@ -45,15 +47,17 @@ class SpikeLM(nn.Module):
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.embedding_neuron = build_neuron(config.embedding_neuron, D)
-        self.embedding_norm = nn.LayerNorm(D, config.layer_norm_epsilon)
+        self.embedding_norm = make_norm(config, D) if config.embedding_norm else None
+        self.sinks = nn.Parameter(torch.zeros(config.sink_tokens, D)) if config.sink_tokens else None
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(D, config.layer_norm_epsilon)
+        self.norm = make_norm(config, D)
         self.head = make_projection(config, "", "head", D, config.vocab_size, False) if with_head else None
         self.gradient_checkpointing = False
         for name, module in self.named_modules():
             if isinstance(module, Part):
                 module.path = name
         self._check_overrides()
+        self._check_causal(with_head)
         initialise(self)
         self.tie_weights()
 
@@ -69,18 +73,66 @@ class SpikeLM(nn.Module):
         dtype: torch.dtype | None = None,
         max_len: int | None = None,
     ) -> State:
-        """State before the first token, on the weights' device, in float32 (float64 for float64 weights)."""
+        """State before the first token, on the weights' device, in float32 (float64 for float64 weights).
+
+        With sink tokens it is the state after them: gradients reach them through it.
+
+        Args:
+            batch: number of sequences.
+            device: of the tensors.
+            dtype: of the memory.
+            max_len: tokens to make room for where memory grows (see :attr:`grows`), sinks not counted.
+        """
+        if self.sinks is None:
+            return self.empty_state(batch, device, dtype, max_len)
+        state = self.empty_state(1, device, dtype, max_len)
+        x, ctx = self.sinks[None], replace(EMPTY, sinks=True)
+        for (block, own), name in zip(self._blocks_with(state), _names(self.blocks), strict=True):
+            x, state[name] = block(x, own, ctx)
+        return states.select_rows(state, torch.zeros(batch, dtype=torch.int64, device=x.device))
+
+    def empty_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_len: int | None = None,
+    ) -> State:
+        """The shapes of a state, without the sinks: what ``init_state`` gives where there are none."""
         weight = self.embedding.weight
         device = weight.device if device is None else device
         dtype = (
             (torch.float64 if weight.dtype == torch.float64 else torch.float32) if dtype is None else dtype
         )
         state: State = {"embedding": self.embedding_neuron.init_state(batch, device, dtype, max_len)}
-        for layer, block in enumerate(self.blocks):
-            state[f"block{layer}"] = cast(Block, block).init_state(batch, device, dtype, max_len)
+        for name, block in zip(_names(self.blocks), self.blocks, strict=True):
+            state[name] = cast(Block, block).init_state(batch, device, dtype, max_len)
         if self.head is not None:
             state["head"] = self.head.init_state(batch, device, dtype, max_len)
         return state
+
+    @property
+    def grows(self) -> bool:
+        """Whether some part's memory needs room for every token (full attention)."""
+        return any(isinstance(module, Part) and module.grows for module in self.modules())
+
+    def capacity(self, state: State) -> int | None:
+        """Tokens for which a state has room; None where nothing grows."""
+        found = [block.capacity(own) for block, own in self._blocks_with(state)]
+        return min((size for size in found if size is not None), default=None)
+
+    def reserve(self, state: State, max_len: int) -> State:
+        """The same state with room for ``max_len`` tokens where memory grows (never less than before)."""
+        new = dict(state)
+        for name, (block, own) in zip(_names(self.blocks), self._blocks_with(state), strict=True):
+            new[name] = block.reserve(own, max_len)
+        return new
+
+    def _blocks_with(self, state: State) -> list[tuple[Block, State]]:
+        return [
+            (cast(Block, block), cast(State, state[name]))
+            for name, block in zip(_names(self.blocks), self.blocks, strict=True)
+        ]
 
     def forward(
         self, tokens: Tensor, state: State | None = None, ctx: Context = EMPTY, last_only: bool = False
@@ -119,7 +171,9 @@ class SpikeLM(nn.Module):
         """Normalised features before the head, [B, T, D] (or [B, D]); the head's state is passed on."""
         self._check(tokens, state, ctx)
         if state is None:
-            state = self.init_state(tokens.shape[0], tokens.device)
+            state = self.init_state(tokens.shape[0], tokens.device, max_len=self._length(tokens))
+        if self.sinks is not None and ctx.reset is not None:
+            return in_segments(self, tokens, state, ctx)
         new: State = {}
         try:
             x = self.embedding(tokens)
@@ -129,11 +183,11 @@ class SpikeLM(nn.Module):
                 f"token ids from {low} to {high}; expected 0 to {self.config.vocab_size - 1}"
             ) from error
         x, new["embedding"] = fire(self.embedding_neuron, x, state["embedding"], ctx)
-        x = self.embedding_norm(x.to(self.embedding_norm.weight.dtype))
+        x = x.to(self.embedding.weight.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and x.dim() == 3
-        for layer, module in enumerate(self.blocks):
-            block, name = cast(Block, module), f"block{layer}"
-            before = cast(State, state[name])
+        for name, (block, before) in zip(_names(self.blocks), self._blocks_with(state), strict=True):
             x, new[name] = _checkpointed(block, x, before, ctx) if recompute else block(x, before, ctx)
             x = self._dropout(x, block.path, ctx)
         if "head" in state:
@@ -161,13 +215,27 @@ class SpikeLM(nn.Module):
                 names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
         return names
 
+    @staticmethod
+    def _length(tokens: Tensor) -> int:
+        return tokens.shape[1] if tokens.dim() == 2 else 1
+
+    def _check_causal(self, with_head: bool) -> None:
+        """A language model must not see the tokens it predicts."""
+        for name, module in self.named_modules():
+            if with_head and isinstance(module, Part) and not module.causal:
+                raise ConfigError(
+                    f"{name} is not causal, and a language model would see the tokens it predicts; set "
+                    "causal: true, or build an encoder (with_head=False, text classification)"
+                )
+
     def _check_overrides(self) -> None:
-        """Every pattern of neuron_overrides must name a projection."""
+        """Every pattern of neuron_overrides and weight_overrides must name a projection."""
         paths = [name for name, module in self.named_modules() if isinstance(module, Projection)]
         paths += [] if self.head is not None else ["head"]
-        for pattern in self.config.neuron_overrides:
-            if not any(fnmatchcase(path, pattern) for path in paths):
-                raise ConfigError(nearest("projection in neuron_overrides", pattern, paths))
+        for key in ("neuron_overrides", "weight_overrides"):
+            for pattern in getattr(self.config, key):
+                if not any(fnmatchcase(path, pattern) for path in paths):
+                    raise ConfigError(nearest(f"projection in {key}", pattern, paths))
 
     def _dropout(self, x: Tensor, path: str, ctx: Context) -> Tensor:
         p = self.config.dropout
@@ -196,6 +264,11 @@ class SpikeLM(nn.Module):
                 )
 
 
+def _names(blocks: nn.ModuleList) -> list[str]:
+    """Keys of the blocks' states."""
+    return [f"block{layer}" for layer in range(len(blocks))]
+
+
 def _one_column(ctx: Context) -> Context:
     """The context of a single step, as that of a sequence of one token."""
     random = ctx.random
@@ -217,14 +290,17 @@ def _last_valid(y: Tensor, ctx: Context) -> Tensor:
 
 
 def _checkpointed(block: Block, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-    """The block with its activations recomputed in backward; meter and losses work in the first pass only."""
+    """The block with its activations recomputed in backward; nothing is counted a second time."""
     first = True
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State, list[Tensor]]:
         nonlocal first
         losses: list[Tensor] = []
         inner = replace(
-            ctx, meter=ctx.meter if first else None, losses=None if ctx.losses is None else losses
+            ctx,
+            meter=ctx.meter if first else None,
+            losses=None if ctx.losses is None else losses,
+            loads=ctx.loads if first else None,
         )
         first = False
         y, new = block(x, state, inner)

@@ -8,7 +8,8 @@ quantisation and LoRA tools find and wrap it, and see spikes as its input.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
+from spikelm.weights import FLOAT, build_weights
 
 
 class Projection(Part):
@@ -26,14 +28,27 @@ class Projection(Part):
         out_features: D'.
         neuron: input neuron; its state is the projection's state.
         bias: whether to add a bias (after the scale).
+        weights: how the weights are held, see :func:`spikelm.weights.build_weights`.
+
+    Attributes:
+        shard: what tensor parallelism splits: ``column``, ``row`` or None.
     """
 
-    def __init__(self, in_features: int, out_features: int, neuron: Neuron, bias: bool = False) -> None:
+    shard: str | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        neuron: Neuron,
+        bias: bool = False,
+        weights: Mapping[str, Any] = FLOAT,
+    ) -> None:
         """Weights are drawn by ``nn.Linear``; the model's initialisation replaces them."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.neuron = neuron
-        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.linear = build_weights(weights, in_features, out_features)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def init_state(

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from spikelm.checkpoint import load_model, save_checkpoint
-from spikelm.config import ModelConfig
+from spikelm.config import FORMAT_VERSION, ModelConfig
 from spikelm.errors import CheckpointError, ConfigError, ShapeError
 from spikelm.hf import (
     RecurrentCache,
@@ -134,7 +134,7 @@ def test_save_and_load_through_auto_classes_and_through_the_core(tmp_path: Path)
     assert AutoConfig.from_pretrained(tmp_path / "core").to_core() == core.config
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "core")
     assert torch.equal(back(ids).logits, logits)
-    assert json.loads((tmp_path / "core" / "config.json").read_text())["format_version"] == 1
+    assert json.loads((tmp_path / "core" / "config.json").read_text())["format_version"] == FORMAT_VERSION
 
 
 def test_tied_head_is_one_tensor_before_and_after_loading(tmp_path: Path) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spikelm.channels import rwkv
+from spikelm.channels import rwkv, swiglu
 
-__all__ = ["rwkv"]
+__all__ = ["rwkv", "swiglu"]

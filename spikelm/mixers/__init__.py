@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spikelm.mixers import wkv4
+from spikelm.mixers import parallel, wkv4
 
-__all__ = ["wkv4"]
+__all__ = ["parallel", "wkv4"]

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from spikelm.block import Block
-from spikelm.build import Build
+from spikelm.block import Block, build_child
 from spikelm.config import ModelConfig
-from spikelm.neurons.base import build_neuron, build_part
+from spikelm.neurons.base import build_neuron
 from spikelm.projection import Projection
 from spikelm.recurrence import Part
 from spikelm.registry import channels, mixers, neurons
 
-D = 6
+D = 8
 SURROGATES = ("atan", "sigmoid", "triangle", "straight_through")
 
 # Variants beside the defaults; a new part is tested with its defaults without a line here.
@@ -33,6 +32,12 @@ NEURONS: dict[str, list[dict[str, Any]]] = {
     "adaptive": [{}, {"dead_zone": 1.4}, {"k": 1.0, "cap": 1}, {"k": 2.5, "dead_zone": 0.3, "cap": 4}],
     "heaviside": [{}, {"threshold": 0.4, "gain": 2.0, "surrogate": "triangle"}],
 }
+MIXERS: dict[str, list[dict[str, Any]]] = {
+    "parallel": [
+        {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
+    ],
+}
+CHANNELS: dict[str, list[dict[str, Any]]] = {}
 INPUT_NEURONS: list[dict[str, Any]] = [
     {"name": "none"},
     {"name": "adaptive", "dead_zone": 1.0},
@@ -56,10 +61,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Part]]]:
             yield _id(name, options), _neuron(name, options)
     for neuron in INPUT_NEURONS:
         yield f"projection-{neuron['name']}", _projection(neuron)
-        for name in mixers.names():
-            yield f"{name}-{neuron['name']}", _mixing("mixer", name, neuron)
-        for name in channels.names():
-            yield f"{name}-{neuron['name']}", _mixing("channel", name, neuron)
+        for kind, registry, variants in (("mixer", mixers, MIXERS), ("channel", channels, CHANNELS)):
+            for name in registry.names():
+                for options in variants.get(name, [{}]):
+                    yield f"{_id(name, options)}-{neuron['name']}", _mixing(kind, name, options, neuron)
     yield "block-after", lambda: Block(_config(placement="after", neuron={"name": "lif"}), 0)
     yield "block-before", lambda: Block(_config(placement="before", neuron={"name": "adaptive"}), 1)
 
@@ -80,10 +85,6 @@ def _projection(neuron: dict[str, Any]) -> Callable[[], Part]:
     return lambda: Projection(D, 5, build_neuron(neuron, D), bias=True)
 
 
-def _mixing(kind: str, name: str, neuron: dict[str, Any]) -> Callable[[], Part]:
-    def make_projection(_: str, inputs: int, outputs: int, bias: bool) -> Projection:
-        return Projection(inputs, outputs, build_neuron(neuron, inputs), bias)
-
-    build = Build(hidden_size=D, layer=1, num_layers=2, make_projection=make_projection)
-    registry = mixers if kind == "mixer" else channels
-    return lambda: build_part(f"{kind} {name!r}", registry.get(name), {}, build)
+def _mixing(kind: str, name: str, options: dict[str, Any], neuron: dict[str, Any]) -> Callable[[], Part]:
+    config = _config(neuron=neuron)
+    return lambda: build_child(config, 1, "blocks.1.", kind, kind, {"name": name, **options})

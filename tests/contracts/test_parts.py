@@ -21,11 +21,33 @@ CASES = dict(cases())
 Make = Callable[[], Part]
 
 
+LONGEST = 64
+"""Room that growing memory gets."""
+
+
 @pytest.fixture(params=CASES.values(), ids=list(CASES))
 def part(request: pytest.FixtureRequest) -> Part:
+    """Any part; those that are not causal have a test without this fixture's scans (see ``causal``)."""
     made: Part = request.param().double()
     randomise(made)
     return made
+
+
+@pytest.fixture
+def causal(part: Part) -> Part:
+    """A part with a step."""
+    if not is_causal(part):
+        pytest.skip("not causal: it has no step and no state")
+    return part
+
+
+def is_causal(part: Part) -> bool:
+    return all(module.causal for module in part.modules() if isinstance(module, Part))
+
+
+def start(part: Part, rows: int = B, dtype: torch.dtype = torch.float64) -> State:
+    """The state before any token."""
+    return part.init_state(rows, dtype=dtype, max_len=LONGEST)
 
 
 def inputs(T: int = T, seed: int = 0) -> Tensor:
@@ -34,7 +56,9 @@ def inputs(T: int = T, seed: int = 0) -> Tensor:
 
 def a_state(part: Part) -> State:
     """A state in the middle of a text."""
-    _, state = scan(part, inputs(4, seed=9), part.init_state(B, dtype=torch.float64), Context())
+    if not is_causal(part):
+        return start(part)
+    _, state = scan(part, inputs(4, seed=9), start(part), Context())
     return states.detach(state)
 
 
@@ -59,8 +83,8 @@ def gradients(part: Part, run: Callable[..., tuple[Tensor, State]], x: Tensor, c
     """
     before, after = inputs(4, seed=9).requires_grad_(), inputs(3, seed=8).requires_grad_()
     x = x.clone().requires_grad_()
-    _, start = scan(part, before, part.init_state(B, dtype=x.dtype), Context())
-    y, end = run(x, start, ctx)
+    _, middle = scan(part, before, start(part), Context())
+    y, end = run(x, middle, ctx)
     y = output_of(y, ctx)
     probe, _ = scan(part, after, end, Context())
     loss = weighted(y, 1.0) + weighted(probe, 2.0)
@@ -89,13 +113,13 @@ def same_state(a: State, b: State) -> None:
 
 @pytest.mark.parametrize("masked", ["plain", "reset", "valid", "both"])
 @pytest.mark.parametrize("length", [1, T])
-def test_sequence_is_scan_of_step(part: Part, masked: str, length: int) -> None:
+def test_sequence_is_scan_of_step(causal: Part, masked: str, length: int) -> None:
     reset, valid = (mask[:, :length] for mask in masks())
     ctx = Context(
         reset=reset if masked in ("reset", "both") else None,
         valid=valid if masked in ("valid", "both") else None,
     )
-    x = inputs(length)
+    part, x = causal, inputs(length)
     fast = gradients(part, lambda x, s, c: part(x, s, c), x, ctx)
     slow = gradients(part, lambda x, s, c: scan(part, x, s, c), x, ctx)
     same(fast[0], slow[0], "output")
@@ -105,8 +129,8 @@ def test_sequence_is_scan_of_step(part: Part, masked: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5, T - 1])
-def test_split_anywhere_is_whole(part: Part, cut: int) -> None:
-    x, state = inputs(), a_state(part)
+def test_split_anywhere_is_whole(causal: Part, cut: int) -> None:
+    part, x, state = causal, inputs(), a_state(causal)
     whole, end = part(x, state)
     first, middle = part(x[:, :cut], state)
     second, last = part(x[:, cut:], middle)
@@ -119,9 +143,11 @@ def test_reset_is_separate_sequences(part: Part) -> None:
     reset = torch.zeros(B, T, dtype=torch.bool)
     reset[:, cut] = True
     packed, end = part(x, a_state(part), Context(reset=reset))
-    alone, last = part(x[:, cut:], None)
+    alone, last = part(x[:, cut:], start(part))
     same(packed[:, cut:], alone)
     same_state(end, last)
+    if not is_causal(part):  # neither does the first document see the second
+        same(packed[:, :cut], part(x[:, :cut], start(part))[0])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -155,19 +181,29 @@ def test_state_is_everything_and_stays_small(part: Part) -> None:
     first, end = part(x, state)
     again, _ = part(x, state)
     assert torch.equal(first, again), "a call left something behind outside the state"
-    fresh = part.init_state(B, dtype=torch.float64)
+    fresh = start(part)
     assert {k: v.shape for k, v in states.flatten(end).items()} == {
         k: v.shape for k, v in states.flatten(fresh).items()
     }
     assert all(value.shape[0] == B for value in states.flatten(fresh).values())
 
 
-def test_float32_agrees_where_no_neuron_is_on_the_edge(part: Part) -> None:
+def test_float32_agrees_where_no_neuron_is_on_the_edge(causal: Part) -> None:
     """DESIGN: in fp32 a spike on the edge may flip; the share of outputs that differ is under 0.1%."""
-    part.float()
+    part = causal.float()
     x = torch.randn(32, 24, D, generator=torch.Generator().manual_seed(2))
     fast, _ = part(x)
-    slow, _ = scan(part, x, part.init_state(32), Context())
+    slow, _ = scan(part, x, start(part, 32, torch.float32), Context())
     differs = (fast - slow).abs() > 1e-4 * (1 + slow.abs())
     assert fast.dtype == torch.float32
     assert differs.float().mean() < 1e-3
+
+
+def test_growing_memory_says_how_far_it_reaches_and_can_be_extended(causal: Part) -> None:
+    part, x = causal, inputs()
+    state = a_state(part)
+    grows = any(module.grows for module in part.modules() if isinstance(module, Part))
+    assert part.capacity(state) == (LONGEST if grows else None)
+    wider = part.reserve(state, LONGEST + 16)
+    assert part.capacity(wider) == (LONGEST + 16 if grows else None)
+    same(part(x, state)[0], part(x, wider)[0])
