@@ -9,8 +9,8 @@ with queries, keys and values from projections of x, each through a short convol
     o_t = K^-1/2 q_t S_t
     y = W_o (norm(o) * silu(W_r x))
 
-A = exp(A_log) > 0 and b = dt_bias are numbers per key-value head. alpha forgets everything a little (Mamba-2's
-gate), beta says how much of the value under this key is replaced: 1 replaces it, 0 writes nothing. With
+A = exp(A_log) > 0 and b = dt_bias are numbers per key-value head. alpha forgets everything a little (the gate
+of Mamba-2), beta says how much of the value under this key is replaced: 1 replaces it, 0 writes nothing. With
 ``allow_negative`` beta lies between 0 and 2 and I - beta k^T k has eigenvalues down to -1 (arXiv 2411.12537).
 
 Order: projection, short convolution, QK norm, rotary positions, L2 norm. State: {"memory": [B, G, K, V] for G
@@ -18,7 +18,7 @@ key-value heads, "position": int64 [B] with rope, the windows "query_convolution
 "value_convolution" [B, n - 1, ...], and the input neurons' states under the projections' names}.
 
 Deviations from the published layer: a group of queries shares keys, values and the state, as in the softmax
-checkpoints that are converted (Qwen3-Next shares queries and keys among several values; without groups the two
+checkpoints that are converted (Qwen3-Next shares queries and keys among several values; without groups both
 are the same). V = K. A and b start evenly spread instead of drawn.
 
 SpikingBrain 2.0 (arXiv 2604.22575) puts this recurrence into its linear layers and adds what is not here:

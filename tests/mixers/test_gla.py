@@ -183,6 +183,27 @@ def test_a_small_model_learns(mixer: dict[str, Any], neuron: dict[str, Any]) -> 
     assert last < 0.5 * first, f"from {first:.2f} to {last:.2f}, chance is {math.log(16):.2f}"
 
 
+def test_recomputing_blocks_and_low_precision() -> None:
+    """Blocks computed again in backward give the same gradients; in bfloat16 the memory stays float32."""
+    ids = torch.randint(0, 17, (2, 70))
+    gradients = []
+    for recompute in (False, True):
+        model = model_with({"name": "gla", **EVERYTHING}, neuron={"name": "adaptive"})
+        model.gradient_checkpointing = recompute
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, state = model(ids)
+        assert states.flatten(state)["block1.mixer.memory"].dtype == torch.float32
+        logits.float().square().mean().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    low = model_with({"name": "gla_tied", **EVERYTHING}).bfloat16()
+    logits, state = low(ids)
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+    assert states.flatten(state)["block1.mixer.memory"].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
