@@ -1,7 +1,7 @@
 """``gated_delta``: gated delta rule (Gated DeltaNet, arXiv 2412.06464), the recurrence of SpikingBrain 2.0.
 
 Linear attention whose state replaces what it knows about a key, instead of adding to it. Per key-value head,
-with queries, keys and values from projections of x, each through a short convolution with SiLU::
+with queries, keys and values from projections of x, each through a short convolution and SiLU::
 
     q, k = q / |q|, k / |k|
     alpha_t = exp(-A softplus(W_a x + b)),   beta_t = sigmoid(W_b x)
@@ -21,7 +21,8 @@ Deviations from the published layer: a group of queries shares keys, values and 
 checkpoints that are converted (Qwen3-Next shares queries and keys among several values; without groups both
 are the same). V = K. A and b start evenly spread instead of drawn.
 
-SpikingBrain 2.0 (arXiv 2604.22575) puts this recurrence into its linear layers and adds what is not here:
+SpikingBrain 2.0 (arXiv 2604.22575) puts this recurrence, without the convolution (SiLU stays) and without the
+gate on the output, into its linear layers, and adds what is not here:
 
 - sparse state expansion (SSE, arXiv 2507.16577): the state consists of several partitions with shared
   parameters; every token writes and reads the few that a top-k choice gives it, so the state grows without
@@ -61,7 +62,7 @@ class GatedDelta(GatedLinearAttention):
     Args:
         build: place in the model.
         allow_negative: whether beta reaches 2 instead of 1.
-        short_convolution: tokens mixed by the convolutions after the projections; 0 for none.
+        short_convolution: tokens mixed by the convolutions after the projections; 0 for SiLU alone.
         output_gate: ``swish`` for a gate on the output, false for none.
         options: heads, qkv_bias, output_norm, rope, rope_theta and qk_norm, see
             :class:`spikelm.mixers.gla.GatedLinearAttention`.
@@ -90,6 +91,9 @@ class GatedDelta(GatedLinearAttention):
         self.beta = build.projection("beta", build.hidden_size, groups, shard="column")
         self.A_log = nn.Parameter(_initial_rates(groups))
         self.dt_bias = nn.Parameter(_initial_steps(groups))
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y if self.convolved else F.silu(y)
 
     def gate(self, x: Tensor, raw_key: Tensor, state: State, ctx: Context) -> tuple[Tensor | None, State]:
         """Log alpha = -A softplus(W_a x + b), [.., G]."""

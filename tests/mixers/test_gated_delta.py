@@ -116,6 +116,20 @@ def test_is_the_layer_of_qwen3_next(backend: str, steps: int) -> None:
     )
 
 
+def test_without_a_convolution_silu_stays() -> None:
+    """A convolution that passes every token through is the same layer."""
+    convolved = mixer_with(EVERYTHING).double()
+    randomise(convolved, 0.3)
+    plain = mixer_with({**EVERYTHING, "short_convolution": 0}).double()
+    weights = convolved.state_dict()
+    for name in ("query", "key", "value"):
+        window = weights.pop(f"{name}_convolution.weight")
+        window[:, :-1], window[:, -1] = 0.0, 1.0
+    plain.load_state_dict(weights)
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    torch.testing.assert_close(plain(x)[0], convolved(x)[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 8, 31])
 def test_decays_start_in_the_published_range(heads: int) -> None:
     part = mixer_with({"num_heads": heads, "head_dim": 4})
