@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spikelm.channels import rwkv, swiglu
+from spikelm.channels import moe, rwkv, swiglu
 
-__all__ = ["rwkv", "swiglu"]
+__all__ = ["moe", "rwkv", "swiglu"]

@@ -53,11 +53,36 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
             "short_convolution": 2,
         },
     ],
+    "attention": [
+        {"num_heads": 2, "qkv_bias": True},
+        {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "output_gate": True, "output_bias": True},
+        {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4, "partial_rotary_factor": 0.5},
+        {"num_heads": 2, "rope": False},
+    ],
     "parallel": [
         {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
+        {"branches": [{"name": "swa", "window": 3}, {"name": "attention", "num_heads": 2}]},
+    ],
+    "swa": [
+        {"window": 1},
+        {"window": 2, "num_heads": 4, "num_kv_heads": 2},
+        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True},
+        {"window": 4, "num_heads": 2, "num_kv_heads": 1, "qk_norm": True, "output_gate": True},
+        {"window": 20, "num_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"window": 3, "num_heads": 2, "rope": False},
     ],
 }
-CHANNELS: dict[str, list[dict[str, Any]]] = {}
+CHANNELS: dict[str, list[dict[str, Any]]] = {
+    "moe": [
+        {"experts": 4, "hidden": 6},
+        {"experts": 5, "top_k": 3, "hidden": 4, "shared": 2, "shared_hidden": 6, "router": "sigmoid"},
+        {"experts": 3, "hidden": 4, "normalise_weights": False, "scale": 2.5, "loss_free_bias": 0.1},
+        {"experts": 2, "top_k": 2, "hidden": 4},
+    ],
+    "swiglu": [{}, {"hidden": 5}],
+}
+# Experts refuse neurons with memory (tests/channels/test_moe.py); router and shared experts have them here.
+OVERRIDES: dict[str, Any] = {"*.experts.*": {"name": "adaptive"}}
 INPUT_NEURONS: list[dict[str, Any]] = [
     {"name": "none"},
     {"name": "adaptive", "dead_zone": 1.0},
@@ -108,5 +133,6 @@ def _projection(neuron: dict[str, Any]) -> Callable[[], Part]:
 
 
 def _mixing(kind: str, name: str, options: dict[str, Any], neuron: dict[str, Any]) -> Callable[[], Part]:
-    config = _config(neuron=neuron)
+    stateful = bool(build_neuron(neuron, D).init_state(1))
+    config = _config(neuron=neuron, neuron_overrides=OVERRIDES if stateful else {})
     return lambda: build_child(config, 1, "blocks.1.", kind, kind, {"name": name, **options})
