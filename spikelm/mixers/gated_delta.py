@@ -72,6 +72,8 @@ class GatedDelta(GatedLinearAttention):
     """
 
     full_precision = ("A_log", "dt_bias")
+    column_vectors = ("A_log", "dt_bias")
+    """Split over tensor-parallel ranks with the heads."""
     feature_map = "none"
 
     def __init__(

@@ -284,6 +284,45 @@ def test_every_projection_is_metered_and_overridden_by_its_path() -> None:
         model_with(neuron_overrides={"blocks.*.mixer.alpha": plain})
 
 
+def test_heads_can_be_split_over_ranks() -> None:
+    """With every parameter cut as its part says, two halves add up to the whole (tensor parallelism)."""
+    whole = mixer_with(EVERYTHING).double()
+    randomise(whole, 0.3)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    expected, _ = whole(x)
+    total = torch.zeros_like(expected)
+    for rank in range(2):
+        half = mixer_with({**EVERYTHING, "num_heads": 2, "num_kv_heads": 1}).double()
+        own = dict(half.named_parameters())
+        for path, parameter in whole.named_parameters():
+            name = path.split(".")[0]
+            cut = "column" if name in whole.column_vectors else getattr(getattr(whole, name), "shard", None)
+            with torch.no_grad():
+                own[path].copy_(
+                    parameter if cut is None else parameter.chunk(2, ("column", "row").index(cut))[rank]
+                )
+        total = total + half(x)[0]
+    torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_low_precision_keeps_the_memory_in_float32(weights: torch.dtype) -> None:
+    """Under autocast, and with weights in bfloat16; without spikes, which flip on the edge."""
+    model = model_with(EVERYTHING).to(weights)
+    for name, parameter in model.named_parameters():
+        if name in model.fp32_parameters():
+            parameter.data = parameter.data.float()
+    ids = torch.randint(0, 17, (2, 70))
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        logits, state = model(ids)
+    assert states.flatten(state)["block1.mixer.memory"].dtype == torch.float32
+    logits.float().square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    exact, _ = model_with(EVERYTHING)(ids)
+    assert (logits.float() - exact).norm() < 0.03 * exact.norm()
+
+
 def test_gates_and_norms_can_be_left_out() -> None:
     part = mixer_with({"output_gate": False, "output_norm": False, "short_convolution": 0})
     assert {name.split(".")[0] for name, _ in part.named_parameters()} == {
