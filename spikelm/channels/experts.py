@@ -65,7 +65,8 @@ class Experts(nn.ModuleList):
         back[order] = torch.arange(len(order), device=order.device)
         chosen = by_expert[back].unflatten(0, (len(tokens), top_k))
         weights = routing.weights.to(memory_dtype(chosen))
-        return (chosen * weights[..., None]).sum(1).to(chosen.dtype)
+        total: Tensor = (chosen * weights[..., None]).sum(1)
+        return total.to(chosen.dtype)
 
 
 def _call(part: Part, x: Tensor, rows: Tensor, ctx: Context) -> Tensor:
@@ -82,3 +83,27 @@ def _call(part: Part, x: Tensor, rows: Tensor, ctx: Context) -> Tensor:
 def _together() -> bool:
     """Whether other processes may be doing the same pass."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def routed_shares(model: nn.Module) -> dict[nn.Module, float]:
+    """Modules inside routed experts -> share of the tokens that each of them sees when all get the same."""
+    found: dict[nn.Module, float] = {}
+    for module in model.modules():
+        experts = getattr(module, "experts", None)
+        if isinstance(experts, Experts):
+            share = cast(int, module.top_k) / len(experts)
+            found.update((inner, share) for inner in experts.modules())
+    return found
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that one token uses: all but those of the experts it is not routed to; shared ones once."""
+    shares = routed_shares(model)
+    seen: set[int] = set()
+    active = 0.0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                active += parameter.numel() * shares.get(module, 1.0)
+    return round(active)
