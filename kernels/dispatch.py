@@ -36,6 +36,8 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
+        "gla": ("reference", "torch"),
+        "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }

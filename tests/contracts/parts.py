@@ -10,6 +10,7 @@ from torch import nn
 
 from spikelm.block import Block, build_child
 from spikelm.config import ModelConfig
+from spikelm.convolution import ShortConvolution
 from spikelm.neurons.base import build_neuron
 from spikelm.projection import Projection
 from spikelm.recurrence import Part
@@ -33,8 +34,42 @@ NEURONS: dict[str, list[dict[str, Any]]] = {
     "heaviside": [{}, {"threshold": 0.4, "gain": 2.0, "surrogate": "triangle"}],
 }
 MIXERS: dict[str, list[dict[str, Any]]] = {
+    "gla": [
+        {},
+        {"num_heads": 4, "num_kv_heads": 2, "feature_map": "identity", "qkv_bias": True, "gate_rank": 3},
+        {"head_dim": 2, "output_gate": "swish", "output_norm": False, "short_convolution": 3},
+        {"num_heads": 2, "num_kv_heads": 1, "rope": True, "qk_norm": True, "feature_map": "sigmoid"},
+        {"gate_rank": None, "gate_divisor": 0.1, "short_convolution": 4, "rope": True, "qkv_bias": True},
+    ],
+    "gla_tied": [
+        {},
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "qkv_bias": True,
+            "qk_norm": True,
+            "output_gate": "swish",
+            "rope": True,
+            "short_convolution": 2,
+        },
+    ],
+    "attention": [
+        {"num_heads": 2, "qkv_bias": True},
+        {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "output_gate": True, "output_bias": True},
+        {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4, "partial_rotary_factor": 0.5},
+        {"num_heads": 2, "rope": False},
+    ],
     "parallel": [
         {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
+        {"branches": [{"name": "swa", "window": 3}, {"name": "attention", "num_heads": 2}]},
+    ],
+    "swa": [
+        {"window": 1},
+        {"window": 2, "num_heads": 4, "num_kv_heads": 2},
+        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True},
+        {"window": 4, "num_heads": 2, "num_kv_heads": 1, "qk_norm": True, "output_gate": True},
+        {"window": 20, "num_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"window": 3, "num_heads": 2, "rope": False},
     ],
 }
 CHANNELS: dict[str, list[dict[str, Any]]] = {
@@ -75,6 +110,8 @@ def cases() -> Iterator[tuple[str, Callable[[], Part]]]:
             for name in registry.names():
                 for options in variants.get(name, [{}]):
                     yield f"{_id(name, options)}-{neuron['name']}", _mixing(kind, name, options, neuron)
+    yield "short_convolution", lambda: ShortConvolution(D, 4)
+    yield "short_convolution-none", lambda: ShortConvolution(D, 2, activation="none", bias=True)
     yield "block-after", lambda: Block(_config(placement="after", neuron={"name": "lif"}), 0)
     yield "block-before", lambda: Block(_config(placement="before", neuron={"name": "adaptive"}), 1)
 

@@ -43,7 +43,8 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    files = [str(HERE / f"test_{op}.py") for op in OPS]
+    in_c = [op for op, forms in OPS.items() if "c" in forms]
+    files = [str(HERE / f"test_{op}.py") for op in in_c]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-k", "not torch and not opcheck"]
     done = subprocess.run(
@@ -57,5 +58,5 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     built = list(cache.glob("*.so"))
-    assert len(built) == 2 * len(OPS)  # two precisions
+    assert len(built) == 2 * len(in_c)  # two precisions
     assert all(b"__asan_init" in library.read_bytes() for library in built)

@@ -1,0 +1,123 @@
+"""Gated linear attention: a matrix state per head that decays by data-dependent gates.
+
+Forms: reference.py (the equations), chunked.py (plain torch). Equations and masks are written in
+reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
+https://arxiv.org/abs/2509.05276.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from spikelm.errors import ShapeError
+from spikelm.kernels.dispatch import choose
+from spikelm.kernels.gla import chunked, reference
+from spikelm.kernels.masks import check_masks
+
+__all__ = ["gla", "initial_state"]
+
+_Form = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
+    tuple[Tensor, Tensor],
+]
+_FORMS: Mapping[str, _Form] = MappingProxyType({"reference": reference.gla, "torch": chunked.gla})
+
+
+def initial_state(
+    batch: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """State before any token: zeros [B, G, K, V]."""
+    return torch.zeros(batch, heads, key_dim, value_dim, device=device, dtype=dtype)
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention over T tokens, from a state to a state.
+
+    Token t: S_t = diag(exp g_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t. Query head h reads key-value
+    head h // (H / G); there is one state per key-value head. The result does not depend on where a sequence
+    is split.
+
+    Args:
+        q: queries [B, T, H, K], any floating dtype; H is a multiple of G.
+        k: keys [B, T, G, K].
+        v: values [B, T, G, V].
+        g: log gates <= 0, -inf (closed) included: per key channel [B, T, G, K], per head [B, T, G, 1], or
+            None for no decay.
+        state: [B, G, K, V]; see :func:`initial_state`.
+        scale: factor of the output, usually K**-0.5.
+        reset: bool [B, T]; where true the state is emptied before the token.
+        valid: bool [B, T]; where false the state stays (after a reset, if any) and o is 0.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the state [B, G, K, V] in float32 (float64 where an input is
+        float64). Gradients reach q, k, v, g and the incoming state, from both results.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit.
+        KernelError: a back-end that was asked for and is not available.
+    """
+    _check(q, k, v, g, state)
+    check_masks(q, reset, valid)
+    form = _FORMS[choose("gla", q.device)]
+    wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))
+    dtype = torch.float64 if wide else torch.float32
+    # Autocast would run the products in 16 bits, and a state is summed over the whole text.
+    with _full_precision(q.device.type):
+        o, last = form(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            None if g is None else g.to(dtype),
+            state.to(dtype),
+            scale,
+            reset,
+            valid,
+        )
+    return o.to(v.dtype), last
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> None:
+    if q.dim() != 4 or not q.is_floating_point():
+        raise ShapeError(f"gla needs floating q [B, T, H, K], got {q.dtype} {list(q.shape)}")
+    batch, steps, heads, width = q.shape
+    if k.dim() != 4 or k.shape[:2] != (batch, steps) or k.shape[3] != width:
+        raise ShapeError(
+            f"gla needs k [{batch}, {steps}, G, {width}] for q {list(q.shape)}, got {list(k.shape)}"
+        )
+    groups = k.shape[2]
+    if groups == 0 or heads % groups:
+        raise ShapeError(f"gla got {heads} query heads and {groups} key heads; expected a multiple of them")
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ShapeError(f"gla needs v [{batch}, {steps}, {groups}, V], got {list(v.shape)}")
+    if g is not None and (g.dim() != 4 or g.shape[:3] != k.shape[:3] or g.shape[3] not in (1, width)):
+        raise ShapeError(
+            f"gla needs g [{batch}, {steps}, {groups}, {width}] (or a last dimension of 1), "
+            f"got {list(g.shape)}"
+        )
+    expected = (batch, groups, width, v.shape[3])
+    if state.shape != expected:
+        raise ShapeError(f"gla needs a state {list(expected)} for these k and v, got {list(state.shape)}")
