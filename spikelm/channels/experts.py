@@ -56,10 +56,12 @@ class Experts(nn.ModuleList):
         top_k = routing.experts.shape[1]
         order = routing.experts.flatten().argsort(stable=True)
         everyone = torch.is_grad_enabled() or _together()
+        rows, loads = order // top_k, routing.load.tolist()
         outputs = []
-        for part, rows in zip(self, (order // top_k).split(routing.load.tolist()), strict=True):
-            if len(rows) or everyone:
-                outputs.append(_call(cast(Part, part), tokens[rows], rows, ctx))
+        # Gathered once: a gather per expert would have a gradient of all tokens' size for each of them.
+        for part, x, own in zip(self, tokens[rows].split(loads), rows.split(loads), strict=True):
+            if len(own) or everyone:
+                outputs.append(_call(cast(Part, part), x, own, ctx))
         by_expert = torch.cat(outputs) if outputs else tokens.flatten(1)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)

@@ -1,9 +1,11 @@
-"""Mixtures of experts in training: the same on one rank and two, their bias saved, restored and left alone."""
+"""Mixtures of experts in training: the same on one rank and two; their bias saved, restored, left alone."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,18 +56,17 @@ def told(make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> 
     legs: dict[str, dict[str, Any]] = {}
     for name, backend in backends.items():
         legs[name] = make(name, **eight, **backend)
-        # Four steps, and four more after a resume.
-        legs[f"{name}-half"] = make(f"{name}-resumed", **eight | {"steps": 4}, **backend)
-        legs[f"{name}-resumed"] = make(f"{name}-resumed", **eight, **backend)
-        for place in ("loss", "gradient"):
-            at = {"at": [1, 2, 0], "place": place}
-            legs[f"{name}-bad-{place}"] = make(
-                f"{name}-bad-{place}", "poison", at, **TWIN, **backend, steps=3, on_bad_step="skip"
-            )
-        if name != "zero2":
-            legs[f"{name}-spiking"] = make(
-                f"{name}-spiking", **backend, steps=3, eval_every=3, gradient_checkpointing=True
-            )
+        at = {"at": [1, 2, 0], "place": "loss" if name == "ddp" else "gradient"}
+        legs[f"{name}-bad"] = make(
+            f"{name}-bad", "poison", at, **TWIN, **backend, steps=3, on_bad_step="skip"
+        )
+        if name == "zero2":
+            continue
+        spiking = {"steps": 2, "eval_every": 2, "gradient_checkpointing": True}
+        legs[f"{name}-spiking"] = make(f"{name}-spiking", **backend, **spiking)
+    # Four steps, and four more after a resume.
+    legs["zero3-half"] = make("zero3-resumed", **eight | {"steps": 4}, **backends["zero3"])
+    legs["zero3-resumed"] = make("zero3-resumed", **eight, **backends["zero3"])
     free = mixture(balance_loss=0.0)
     legs["ddp-free-accumulated"] = make("ddp-free-accumulated", **eight, **free, accumulation=2)
     return launch(legs, tmp_path_factory.mktemp("told"))
@@ -106,28 +107,25 @@ def test_two_ranks_learn_what_one_learns(told: Any, alone: Any, name: str) -> No
     assert found["evaluation"]["loss"] == pytest.approx(reference["evaluation"]["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
-def test_the_bias_comes_back_from_a_checkpoint(told: Any, name: str) -> None:
-    assert told[f"{name}-resumed"]["resumed"] == 4
-    assert told[f"{name}-resumed"]["biases"] == told[name]["biases"]
-    assert told[f"{name}-resumed"]["losses"] == pytest.approx(told[name]["losses"], abs=1e-6)
-    assert told[f"{name}-half"]["biases"] != told[name]["biases"]
+def test_zero3_takes_the_bias_from_a_checkpoint(told: Any) -> None:
+    assert told["zero3-resumed"]["resumed"] == 4
+    assert told["zero3-resumed"]["biases"] == told["zero3"]["biases"] != told["zero3-half"]["biases"]
+    assert told["zero3-resumed"]["losses"] == pytest.approx(told["zero3"]["losses"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 def test_a_bad_step_on_two_ranks_moves_no_bias(told: Any, name: str) -> None:
-    for place in ("loss", "gradient"):
-        found = told[f"{name}-bad-{place}"]
-        assert len(found["bad"]) == 1 and len(found["losses"]) == 3
-        # Three steps were taken of four: each moved every bias by one rate at most.
-        assert max(abs(b) for b in found["biases"][BIAS]) < 0.0301
-    assert found["biases"] == told[f"{name}-bad-loss"]["biases"]
+    found = told[f"{name}-bad"]
+    assert len(found["bad"]) == 1 and len(found["losses"]) == 3
+    # Three steps of four were taken, and each moved a bias by one rate at most.
+    assert 0 < max(abs(b) for b in found["biases"][BIAS]) < 0.0301
+    assert found["biases"] == told["ddp-bad"]["biases"]
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_spiking_mixtures_train_and_evaluate(told: Any, name: str) -> None:
     found = told[f"{name}-spiking"]
-    assert all(math.isfinite(loss) for loss in found["losses"]) and len(found["losses"]) == 3
+    assert all(math.isfinite(loss) for loss in found["losses"]) and len(found["losses"]) == 2
     # The first step is the same everywhere; later a sum in another order may flip a spike.
     assert found["losses"][0] == pytest.approx(told["ddp-spiking"]["losses"][0], abs=1e-4)
     path = "blocks.0.channel.experts.*.up"
@@ -137,11 +135,23 @@ def test_spiking_mixtures_train_and_evaluate(told: Any, name: str) -> None:
 # --- one process --------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_is_the_run_that_was_not_stopped(make_values: Any, tmp_path: Path) -> None:
-    options = {**mixture(), "log_every": 5}  # loads are summed over a checkpoint's border
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    make_values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between two lines of the log, which hold the loads of all steps since the one before."""
+    options = {**mixture(), "log_every": 5}
     run(make_values(**options, out=str(tmp_path / "whole")))
-    run(make_values(**options, out=str(tmp_path / "cut"), steps=6))
-    assert run(make_values(**options, out=str(tmp_path / "cut"))).resumed_from == 6
+    original = Trainer._train_step
+
+    def step(self: Trainer, bar: Any) -> None:
+        original(self, bar)
+        if self._state.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", step)
+        assert run(make_values(**options, out=str(tmp_path / "cut"))).interrupted == "SIGTERM"
+    assert run(make_values(**options, out=str(tmp_path / "cut"))).resumed_from == 7
     assert_same(tmp_path / "whole", tmp_path / "cut")
     lines = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     logged = [line["experts"]["blocks.0.channel"] for line in lines if line["event"] == "step"]
