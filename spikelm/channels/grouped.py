@@ -4,7 +4,7 @@ Only where that is the same computation: float weights, whole on this rank and c
 input neurons that are alike, have no parameters and no firing-rate loss. Then a token is encoded once for all
 of its experts, and its counts reach the weights of each in one call of ``torch.nn.functional.grouped_mm``.
 The weights are stacked for it in every call, so that each expert keeps its own parameters, names and
-projections.
+projections; that is worth it where every expert has something to do (measured: docs/moe.md).
 """
 
 from __future__ import annotations
@@ -17,76 +17,86 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from spikelm.channels.swiglu import PROJECTIONS, SwiGLU
+from spikelm.kernels.dispatch import backend
+from spikelm.neurons.base import Neuron
 from spikelm.projection import Projection
 from spikelm.recurrence import Context
 
 ALIGNMENT = 16
 """Bytes; grouped_mm wants rows that begin at multiples of it."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS_PER_EXPERT = 4
+"""Without gradients fewer rows than this per expert are computed faster by the experts that have any."""
 
 
-def refusal(experts: Sequence[nn.Module], x: Tensor, ctx: Context) -> str | None:
-    """Why these experts cannot be grouped on tokens like x [.., D], or None where they can."""
+def worthwhile(experts: Sequence[nn.Module], rows: int) -> bool:
+    """Whether a grouped product is the faster one; never with the ``reference`` kernels asked for."""
+    if rows == 0 or backend() == "reference":
+        return False
+    return torch.is_grad_enabled() or rows >= ROWS_PER_EXPERT * len(experts)
+
+
+def refusal(experts: Sequence[nn.Module], device: torch.device, ctx: Context) -> str | None:
+    """Why experts cannot be grouped on this device, or None where they can."""
     if not hasattr(nn.functional, "grouped_mm"):
         return "this torch has no grouped_mm"
     if ctx.meter is not None or ctx.coding is not None:
         return "a meter or a coding looks at each projection"
+    if not all(type(expert) is SwiGLU for expert in experts):
+        return "an expert is no SwiGLU"
+    neurons: dict[str, list[Neuron]] = {name: [] for name in PROJECTIONS}
     for name in PROJECTIONS:
-        parts = [getattr(expert, name, None) for expert in experts if isinstance(expert, SwiGLU)]
-        if len(parts) < len(experts) or not all(type(part) is Projection for part in parts):
-            return "an expert is no SwiGLU of plain projections"
-        projections = cast(list[Projection], parts)
-        problem = _neurons(projections) or _weights(projections, x)
-        if problem is not None:
-            return f"{problem} ({name})"
-    if repr(_options(experts[0], "gate")) != repr(_options(experts[0], "up")):
-        return "gate and up have different neurons"
+        for expert in experts:
+            part = getattr(expert, name)
+            problem = _unfit(part)
+            if problem is not None:
+                return f"{name}: {problem}"
+            neurons[name].append(part.neuron)
+    dtype = _product_dtype(cast(SwiGLU, experts[0]).gate, device)
+    if device.type == "cuda":
+        # float32 and older cards are refused by some releases of torch.
+        if dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
+            return f"grouped_mm on CUDA wants bfloat16 on Ampere or later, not {dtype}"
+    elif device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"grouped_mm does not know {dtype} on {device.type}"
+    shape = cast(Tensor, cast(SwiGLU, experts[0]).gate.linear.weight).shape
+    if any(size * dtype.itemsize % ALIGNMENT for size in shape):
+        return f"{tuple(shape)} {dtype} has rows that are no multiple of {ALIGNMENT} bytes"
+    # Gate and up share one encoding of the token, and each of them all experts.
+    return _unlike([*neurons["gate"], *neurons["up"]]) or _unlike(neurons["down"])
+
+
+def _product_dtype(part: Projection, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return cast(Tensor, part.linear.weight).dtype
+
+
+def _unfit(part: nn.Module) -> str | None:
+    """Why the weights of a projection cannot be used without calling it."""
+    linear = getattr(part, "linear", None)
+    if type(part) is not Projection or type(linear) is not nn.Linear or part.bias is not None:
+        return "no plain projection with float weights"
+    if getattr(part, "parallel", None) is not None or hasattr(linear.weight, "ds_id"):
+        return "its weights are split among ranks"
+    hooked = (part, linear)
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in hooked):
+        return "a hook waits for its call"
     return None
 
 
-def _options(expert: nn.Module, name: str) -> dict[str, object]:
-    """What says how the input neuron of a projection computes."""
-    neuron = getattr(expert, name).neuron
-    return {"type": type(neuron)} | {
-        key: value for key, value in vars(neuron).items() if not key.startswith("_") and key != "path"
-    }
-
-
-def _neurons(parts: list[Projection]) -> str | None:
-    neurons = [part.neuron for part in parts]
-    if any(neuron.rate_target is not None for neuron in neurons):
-        return "a neuron has a rate_target of its own"
-    if any(list(neuron.parameters()) for neuron in neurons):
-        return "a neuron has parameters of its own"
-    if any(neuron.training != neurons[0].training for neuron in neurons):
-        return "some experts train and some do not"
-    kinds = {
-        repr({key: value for key, value in vars(n).items() if not key.startswith("_") and key != "path"})
-        for n in neurons
-    }
-    if len({type(neuron) for neuron in neurons}) > 1 or len(kinds) > 1:
-        return "the experts' neurons differ"
+def _unlike(neurons: Sequence[Neuron]) -> str | None:
+    """Why one neuron cannot stand for all of these."""
+    first = _options(neurons[0])
+    for neuron in neurons:
+        if neuron.rate_target is not None or neuron._parameters or neuron._modules:
+            return "a neuron has parameters or a rate_target of its own"
+        if type(neuron) is not type(neurons[0]) or _options(neuron) != first:
+            return "the neurons differ"
     return None
 
 
-def _weights(parts: list[Projection], x: Tensor) -> str | None:
-    for part in parts:
-        linear = part.linear
-        if type(linear) is not nn.Linear or part.bias is not None:
-            return "weights are not float matrices"
-        if linear.weight.dim() != 2 or hasattr(linear.weight, "ds_id"):
-            return "weights are split among ranks"
-        hooked = (part, linear)
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in hooked):
-            return "a hook waits for the call of a projection"
-    weight = cast(nn.Linear, parts[0].linear).weight
-    low = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if low else weight.dtype
-    if dtype not in DTYPES:
-        return f"grouped_mm does not know {dtype}"
-    if any(size * dtype.itemsize % ALIGNMENT for size in weight.shape):
-        return f"{tuple(weight.shape)} {dtype} is no multiple of {ALIGNMENT} bytes"
-    return None
+def _options(neuron: Neuron) -> dict[str, object]:
+    return {key: v for key, v in vars(neuron).items() if not key.startswith("_") and key != "path"}
 
 
 def grouped(experts: Sequence[nn.Module], tokens: Tensor, rows: Tensor, load: Tensor, ctx: Context) -> Tensor:
@@ -111,16 +121,14 @@ def grouped(experts: Sequence[nn.Module], tokens: Tensor, rows: Tensor, load: Te
     up = _product(experts, "up", spikes, scale, ends)
     hidden = (silu(gate) * up).unflatten(0, (-1, *[1] * (tokens.dim() - 2)))
     spikes, scale, _ = first.down.neuron.encode(hidden, {}, ctx)
-    return _product(
-        experts, "down", spikes.flatten(1), None if scale is None else scale.flatten(1), ends
-    )
+    return _product(experts, "down", spikes.flatten(1), None if scale is None else scale.flatten(1), ends)
 
 
 def _product(
     experts: Sequence[nn.Module], name: str, spikes: Tensor, scale: Tensor | None, ends: Tensor
 ) -> Tensor:
-    weights = torch.stack([cast(Projection, getattr(expert, name)).linear.weight for expert in experts])
-    low = torch.is_autocast_enabled(spikes.device.type)
-    dtype = torch.get_autocast_dtype(spikes.device.type) if low else weights.dtype
+    matrices = [cast(Projection, getattr(expert, name)).linear.weight for expert in experts]
+    weights = torch.stack(cast(list[Tensor], matrices))
+    dtype = _product_dtype(cast(SwiGLU, experts[0]).gate, spikes.device)
     y = nn.functional.grouped_mm(spikes.to(dtype), weights.to(dtype).transpose(1, 2), offs=ends)
     return y if scale is None else (y * scale).to(y.dtype)
