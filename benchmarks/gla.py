@@ -1,4 +1,4 @@
-"""How fast is gated linear attention in plain torch, beside the loop and beside one matrix product of equal flops?
+"""How fast is gated linear attention in plain torch, beside the loop and a matrix product of equal flops?
 
     python benchmarks/gla.py [--device cuda] [--repeats 10]
 

@@ -2,9 +2,9 @@
 
     y_t = act(sum_{j=0}^{n-1} w_j * x_{t-j} + b),   x before the first token of a document = 0
 
-depthwise and causal, over the last n = ``kernel`` valid tokens (H3, arXiv 2212.14052; Mamba, arXiv 2312.00752;
-GLA layers of flash-linear-attention). State: {"window": [B, n - 1, D]}, the last tokens, oldest first.
-Deviation: none; the weights lie as [D, n] with w_j in column n - 1 - j, as ``nn.Conv1d`` holds them.
+depthwise and causal, over the last n = ``kernel`` valid tokens (H3, arXiv 2212.14052; Mamba, arXiv
+2312.00752). State: {"window": [B, n - 1, D]}, the last tokens, oldest first. Deviation: none; the weights lie
+as [D, n] with w_j in column n - 1 - j, as ``nn.Conv1d`` holds them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``gla`` and ``gla_tied``: gated linear attention (arXiv 2312.06635), as SpikingBrain uses it (arXiv 2509.05276).
+"""``gla`` and ``gla_tied``: gated linear attention (arXiv 2312.06635) as in SpikingBrain (arXiv 2509.05276).
 
 Per key-value head, with queries, keys and values from projections of x::
 
@@ -7,21 +7,21 @@ Per key-value head, with queries, keys and values from projections of x::
     o_t = K^-1/2 q_t S_t
     y = W_o (norm(o) * swish(W_r x))                           (the second factor with output_gate)
 
-``gla``: alpha = sigmoid(W_2 W_1 x)^(1/16), W_1 of rank 16 and without bias, W_2 with one (GLA, section 4.4), at the
-width of the key-value heads: the linear layers of SpikingBrain-7B with phi = ReLU, no output gate, no rope.
-``gla_tied``: phi = sigmoid and alpha = 1 - k, without parameters of its own: the linear branch of
+``gla``: alpha = sigmoid(W_2 W_1 x)^(1/16), W_1 of rank 16 and without bias, W_2 with one (GLA, section 4.4),
+at the width of the key-value heads: the linear layers of SpikingBrain-7B with phi = ReLU, no output gate, no
+rope. ``gla_tied``: phi = sigmoid and alpha = 1 - k, without parameters of its own: the linear branch of
 SpikingBrain-76B. log alpha is computed as log sigmoid(-W_k x), which is exact where k rounds to 1.
 
-Order of the options: projection, short convolution, QK norm, phi, rotary positions (after phi, as in RoFormer's
-equation 19, arXiv 2104.09864; the tied gate is taken before the rotation).
+Order of the options: projection, short convolution, QK norm, phi, rotary positions (after phi, as in
+RoFormer's equation 19, arXiv 2104.09864; the tied gate is taken before the rotation).
 
 State: {"memory": [B, G, K, V] for G key-value heads, "position": int64 [B] with rope, the windows
-"query_convolution", "key_convolution", "value_convolution" [B, n - 1, ...] with short_convolution, and the input
-neurons' states under the projections' names}.
+"query_convolution", "key_convolution", "value_convolution" with short_convolution, and the input neurons'
+states under the projections' names}.
 
-Deviation: one state per key-value head. The release repeats keys and values for its 28 query heads and keeps 28
-states of 128 x 128 per layer; query heads of a group read equal states, so ours keeps 4: the same mathematics
-in a seventh of the memory (1.75 MiB -> 256 KiB per layer and sequence in float32).
+Deviation: one state per key-value head. The release repeats keys and values for its 28 query heads and keeps
+28 states of 128 x 128 per layer; query heads of a group read equal states, so ours keeps 4: the same
+mathematics in a seventh of the memory (1.75 MiB -> 256 KiB per layer and sequence in float32).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class GatedLinearAttention(Part):
             self.value_convolution = ShortConvolution(widths["value"], short_convolution)
 
     def gate(self, x: Tensor, raw_key: Tensor, state: State, ctx: Context) -> tuple[Tensor | None, State]:
-        """Log gates [.., G, K] (or [.., G, 1], or None) in the memory dtype, and states of the gate's children.
+        """Log gates [.., G, K] (or [.., G, 1], or None) in the memory dtype, and its children's new states.
 
         Args:
             x: input of the mixer, [.., D].

@@ -10,6 +10,7 @@ from torch import nn
 
 from spikelm.block import Block, build_child
 from spikelm.config import ModelConfig
+from spikelm.convolution import ShortConvolution
 from spikelm.neurons.base import build_neuron
 from spikelm.projection import Projection
 from spikelm.recurrence import Part
@@ -33,6 +34,25 @@ NEURONS: dict[str, list[dict[str, Any]]] = {
     "heaviside": [{}, {"threshold": 0.4, "gain": 2.0, "surrogate": "triangle"}],
 }
 MIXERS: dict[str, list[dict[str, Any]]] = {
+    "gla": [
+        {},
+        {"num_heads": 4, "num_kv_heads": 2, "feature_map": "identity", "qkv_bias": True, "gate_rank": 3},
+        {"head_dim": 2, "output_gate": "swish", "output_norm": False, "short_convolution": 3},
+        {"num_heads": 2, "num_kv_heads": 1, "rope": True, "qk_norm": True, "feature_map": "sigmoid"},
+        {"gate_rank": None, "gate_divisor": 0.1, "short_convolution": 4, "rope": True, "qkv_bias": True},
+    ],
+    "gla_tied": [
+        {},
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "qkv_bias": True,
+            "qk_norm": True,
+            "output_gate": "swish",
+            "rope": True,
+            "short_convolution": 2,
+        },
+    ],
     "parallel": [
         {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
     ],
@@ -75,6 +95,8 @@ def cases() -> Iterator[tuple[str, Callable[[], Part]]]:
             for name in registry.names():
                 for options in variants.get(name, [{}]):
                     yield f"{_id(name, options)}-{neuron['name']}", _mixing(kind, name, options, neuron)
+    yield "short_convolution", lambda: ShortConvolution(D, 4)
+    yield "short_convolution-none", lambda: ShortConvolution(D, 2, activation="none", bias=True)
     yield "block-after", lambda: Block(_config(placement="after", neuron={"name": "lif"}), 0)
     yield "block-before", lambda: Block(_config(placement="before", neuron={"name": "adaptive"}), 1)
 
