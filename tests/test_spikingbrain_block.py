@@ -1,7 +1,7 @@
 """The block of SpikingBrain-7B, written out from the equations of arXiv 2509.05276, gives the same logits.
 
-Everything at once: linear attention as the sum over all pairs of tokens that it is, attention with an explicit
-mask, nothing of the package but the configuration and the names of the weights. float64.
+Everything at once: linear attention as the sum over all pairs of tokens that it is, attention with an
+explicit mask, nothing of the package but the configuration and the names of the weights. float64.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_spikes_of_k_3() -> None:
 
 
 def test_every_weight_counts() -> None:
-    """The comparison sees each of the model's weights: moving any of them moves the straight line's logits."""
+    """The comparison sees each of the model's weights: moving any of them moves the straight line."""
     model = small_7b(None)
     tokens = torch.arange(12) % V
     weights = dict(model.state_dict())

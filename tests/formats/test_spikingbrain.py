@@ -1,4 +1,4 @@
-"""Published SpikingBrain folders, built small: converted, loaded, and compared with the published equations."""
+"""Published SpikingBrain folders, built small: converted, loaded, compared with the published equations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_float_release(tmp_path: Path, shards: int, k: float | None) -> None:
 )
 @pytest.mark.parametrize("shards", [1, 4])
 def test_w8aspike(tmp_path: Path, words: list[str], dense_down: bool, shards: int) -> None:
-    """Merged gates, scales per group: int8 weights and spikes of k = 3, as the published code computes them."""
+    """Merged gates, scales per group: int8 weights and spikes of k = 3, as the published code has them."""
     tensors = release.weights(quantised=True, dtype=torch.float32)
     folder = release.write(tmp_path / "in", tensors, shards=shards)
     told = convert(folder, tmp_path / "out", *words)
@@ -75,6 +75,7 @@ def test_w8aspike(tmp_path: Path, words: list[str], dense_down: bool, shards: in
     check(tmp_path / "out", expected)
     assert told["layout"] == {"quantised": True, "merged_gate": True}
     assert told["quantisation"]["outside_int8"] == 0
+    assert told["parameters"] == sum(v.numel() for n, v in tensors.items() if "quantizer" not in n)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     kinds = {name: value.dtype for name, value in stored.items()}
     int8 = words != ["--weights", "float"]
