@@ -4,7 +4,7 @@ The keys stand in a row: those remembered, right-aligned in time, then those of 
 an unbroken run of them that ends with its own key; how far back it begins (the window, the start of the
 document) differs from token to token. Pinned keys (sinks) are seen by every query.
 
-Heads are grouped: query head h reads key and value head h // (H / G), none of which is ever repeated in memory.
+Heads are grouped: query head h reads key and value head h // (H / G), which are not repeated in memory.
 """
 
 from __future__ import annotations

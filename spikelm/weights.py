@@ -16,6 +16,18 @@ from torch import Tensor, nn
 
 from spikelm.errors import ConfigError, ShapeError, nearest
 from spikelm.kernels.int8_linear import LONGEST, dequantised, int8_linear
+from spikelm.kernels.int8_linear.eager import LARGEST
+
+__all__ = [
+    "CLIP_RATIOS",
+    "FLOAT",
+    "GROUP_SIZE",
+    "LARGEST",
+    "Int8Linear",
+    "build_weights",
+    "dequantise",
+    "quantise",
+]
 
 FLOAT: Mapping[str, Any] = MappingProxyType({"name": "float"})
 GROUP_SIZE = 128
@@ -120,11 +132,6 @@ def build_weights(spec: Mapping[str, Any], in_features: int, out_features: int) 
     if size is None and in_features > LONGEST:
         raise ConfigError(f"one int8 scale per output sums {in_features} inputs; int32 holds {LONGEST}")
     return Int8Linear(in_features, out_features, size)
-
-
-def is_int8(spec: Mapping[str, Any]) -> bool:
-    """Whether a ``weights`` entry of a configuration asks for int8."""
-    return bool(spec["name"] == "int8")
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose
 from spikelm.kernels.int8_linear import eager, reference
 
-__all__ = ["LONGEST", "dequantised", "int8_linear"]
+__all__ = ["LONGEST", "dequantised", "int8_linear", "integer_sums", "scaled_sums"]
 
 LONGEST = (2**31 - 1) // eager.LARGEST**2
 """Inputs of a group whose integer sum fits int32: 133143."""
@@ -54,6 +54,36 @@ def int8_linear(counts: Tensor, weight: Tensor, scales: Tensor, group: int | Non
     _check(counts, weight, scales, size)
     form = _FORMS[choose("int8_linear", counts.device)]
     y: Tensor = _Product.apply(counts, weight, scales, max(size, 1), form)  # type: ignore[no-untyped-call]
+    return y
+
+
+@torch.no_grad()
+def integer_sums(counts: Tensor, weight: Tensor, group: int | None = None) -> Tensor:
+    """The exact inner sums of :func:`int8_linear`, int32 [groups, .., O]; arguments as there.
+
+    For what must be added before scaling: micro-steps of a spike coding, parts of the inputs on ranks.
+    """
+    width = weight.shape[1]
+    size = max(width if group is None else group, 1)
+    with _plain(counts.device):
+        sums = eager.integer_sums(counts.reshape(-1, width), weight, size)
+    return sums.reshape(-1, *counts.shape[:-1], weight.shape[0])
+
+
+@torch.no_grad()
+def scaled_sums(sums: Tensor, scales: Tensor) -> Tensor:
+    """What :func:`int8_linear` makes of its inner sums, with the same bits.
+
+    Args:
+        sums: int32 [groups, .., O].
+        scales: float32 or float64 [O, groups].
+
+    Returns:
+        y [.., O] in the dtype of ``scales``.
+    """
+    y = torch.zeros(sums.shape[1:], dtype=scales.dtype, device=sums.device)
+    for j in range(sums.shape[0]):
+        y += sums[j].to(scales.dtype) * scales[:, j]
     return y
 
 

@@ -44,6 +44,17 @@ def int8_linear(counts: Tensor, weight: Tensor, scales: Tensor, group: int) -> T
     return y
 
 
+def integer_sums(counts: Tensor, weight: Tensor, group: int) -> Tensor:
+    """The inner sums alone, int32 [groups, N, O]."""
+    pieces = range(0, weight.shape[1], group)
+    return torch.stack(
+        [
+            _sums(counts[:, first : first + group].float(), weight[:, first : first + group].float())
+            for first in pieces
+        ]
+    ).to(torch.int32)
+
+
 def _sums(counts: Tensor, weight: Tensor) -> Tensor:
     """counts [N, D] times weight [O, D], exact: float32 where it can hold the sums, else float64 or int32."""
     if counts.dtype == torch.int8:

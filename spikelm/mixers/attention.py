@@ -45,9 +45,9 @@ class Attention(SoftmaxMixer):
         longest = int(last.max())
         if longest > room:
             raise StateError(
-                f"{self._name()} got a token at position {longest - 1}, and its state has room for {room} tokens "
-                f"(capacity); make room with state = model.reserve(state, {longest}) or a larger max_len in "
-                "init_state"
+                f"{self._name()} got a token at position {longest - 1}, and its state has room for {room} "
+                f"tokens (capacity); make room with state = model.reserve(state, {longest}), or give "
+                "init_state a larger max_len"
             )
 
     def capacity(self, state: State) -> int | None:

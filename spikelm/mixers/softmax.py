@@ -20,13 +20,13 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spikelm.attend import attend, attend_all, attend_one
 from spikelm.build import Build
 from spikelm.errors import ShapeError
 from spikelm.heads import resolve_heads
-from spikelm.recurrence import Context, Part, compacted, initial_like, memory_dtype, positions, zero_invalid
+from spikelm.recurrence import Context, Part, compacted, initial_like, positions, zero_invalid
 from spikelm.rope import resolve_rope
 from spikelm.state import State
 
@@ -77,8 +77,8 @@ class SoftmaxMixer(Part):
         self.value = build.projection("value", D, narrow, qkv_bias, shard="column")
         self.output_gate = build.projection("output_gate", D, wide, shard="column") if output_gate else None
         self.output = build.projection("output", wide, D, output_bias, shard="row")
-        self.query_norm: nn.Module | None = build.rms_norm(heads.dim) if qk_norm else None
-        self.key_norm: nn.Module | None = build.rms_norm(heads.dim) if qk_norm else None
+        self.query_norm = build.rms_norm(heads.dim) if qk_norm else None
+        self.key_norm = build.rms_norm(heads.dim) if qk_norm else None
         self.rope = None
         if rope:
             self.rope = resolve_rope(
@@ -127,12 +127,13 @@ class SoftmaxMixer(Part):
         keys, values = cast(Tensor, state["keys"]), cast(Tensor, state["values"])
         self.check_room(position + 1, keys.shape[1])
         q, k, v, new = self._heads(x, position + self.sinks, state, ctx)
-        slot = torch.arange(keys.shape[1], device=x.device)
-        written = (slot == position[:, None] % keys.shape[1])[..., None, None]
-        new["keys"] = keys = torch.where(written, k[:, None].to(keys.dtype), keys)
-        new["values"] = values = torch.where(written, v[:, None].to(values.dtype), values)
+        slot = (position % keys.shape[1])[:, None, None, None].expand(-1, 1, *k.shape[1:])
+        new["keys"] = keys = keys.scatter(1, slot, k[:, None].to(keys.dtype))
+        new["values"] = values = values.scatter(1, slot, v[:, None].to(values.dtype))
         new["position"] = position + 1
-        visible = slot <= position[:, None]
+        filled = min(int(position.max()) + 1, keys.shape[1])
+        keys, values = keys[:, :filled], values[:, :filled]
+        visible = torch.arange(filled, device=x.device) <= position[:, None]
         if self.sinks:
             keys = torch.cat([cast(Tensor, state["sink_keys"]), keys], 1)
             values = torch.cat([cast(Tensor, state["sink_values"]), values], 1)
@@ -163,7 +164,7 @@ class SoftmaxMixer(Part):
         ]
         own = past + torch.arange(T, device=x.device)
         o = attend(q, kept[0], kept[1], own - position.clamp(max=room - 1), self._pinned(state, q.dtype))
-        # Slot s holds the newest position that is s modulo R; its column counts back from the last valid token.
+        # Slot s holds the newest position that is s modulo R, `back` columns before the last valid token.
         slot = torch.arange(room, device=x.device)
         back = (after[:, None] - 1 - slot) % room
         held = (back < after[:, None])[..., None, None]
@@ -198,7 +199,7 @@ class SoftmaxMixer(Part):
             if y.dim() == 3:
                 y = zero_invalid(y, ctx)
             y = y.unflatten(-1, (-1, self.head_dim))
-            heads.append(y if norm is None else norm(y).to(y.dtype))
+            heads.append(y if norm is None else norm(y.to(norm.weight.dtype)).to(y.dtype))
         q, k, v = heads
         if self.rope is not None:
             q, k = self.rope.rotate(q, place), self.rope.rotate(k, place)

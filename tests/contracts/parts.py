@@ -53,8 +53,23 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
             "short_convolution": 2,
         },
     ],
+    "attention": [
+        {"num_heads": 2, "qkv_bias": True},
+        {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "output_gate": True, "output_bias": True},
+        {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4, "partial_rotary_factor": 0.5},
+        {"num_heads": 2, "rope": False},
+    ],
     "parallel": [
         {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
+        {"branches": [{"name": "swa", "window": 3}, {"name": "attention", "num_heads": 2}]},
+    ],
+    "swa": [
+        {"window": 1},
+        {"window": 2, "num_heads": 4, "num_kv_heads": 2},
+        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True},
+        {"window": 4, "num_heads": 2, "num_kv_heads": 1, "qk_norm": True, "output_gate": True},
+        {"window": 20, "num_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"window": 3, "num_heads": 2, "rope": False},
     ],
 }
 CHANNELS: dict[str, list[dict[str, Any]]] = {

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose, use_backend
-from spikelm.kernels.int8_linear import LONGEST, dequantised, eager, int8_linear
+from spikelm.kernels.int8_linear import (
+    LONGEST,
+    dequantised,
+    eager,
+    int8_linear,
+    integer_sums,
+    scaled_sums,
+)
 
 CASES = [  # D, outs, group
     (1, 1, None),
@@ -41,6 +48,8 @@ def test_the_torch_form_has_the_bits_of_the_integers(D: int, outs: int, group: i
     with use_backend("torch"):
         got = int8_linear(counts, weight, scales, group)
     assert got.dtype == torch.float32 and torch.equal(got.view(torch.int32), expected.view(torch.int32))
+    sums = integer_sums(counts, weight, group)
+    assert sums.dtype == torch.int32 and torch.equal(scaled_sums(sums, scales), expected)
     exact = counts.double() @ dequantised(weight, scales.double(), group).t()
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-3)
     with use_backend("torch"):
