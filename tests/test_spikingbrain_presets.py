@@ -170,10 +170,10 @@ def test_training_lowers_the_loss(name: str) -> None:
     torch.manual_seed(0)
     model = SpikeLM(ModelConfig.from_yaml(name)).train()
     text = torch.tensor(list(b"the spikes that a neuron sends are counted, not weighed; " * 3))
-    tokens = torch.stack([text[i : i + 64] for i in (0, 11, 23, 38)])
+    tokens = torch.stack([text[i : i + 64] for i in (0, 23)])
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(20):
         extra: list[Tensor] = []
         logits, _ = model(tokens, None, Context(losses=extra))
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
