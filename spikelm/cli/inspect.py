@@ -62,6 +62,7 @@ def _show(inspection: Inspection, out: Console) -> None:
     out.print(table)
     out.print("Blocks")
     out.print(_layers(inspection))
+    out.print(f"Memory of the weights: {human_bytes(inspection.weight_bytes)} (float32 where not int8)")
     if inspection.weights is not None:
         dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in inspection.weights["dtypes"].items())
         out.print(f"Weights: {human_bytes(inspection.weights['bytes'])} on disk, {dtypes}")
