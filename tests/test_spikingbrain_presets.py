@@ -127,6 +127,10 @@ def test_contract_of_the_whole_model(name: str, nano: Callable[[str], SpikeLM]) 
     with torch.no_grad():
         whole, final = model(tokens, model.init_state(2, max_len=2 * T))
         state = model.init_state(2, max_len=2 * T)
+        described_state = flatten(model.empty_state(2, max_len=2 * T))  # what memory is measured on
+        assert {p: v.shape for p, v in described_state.items()} == {
+            p: v.shape for p, v in flatten(state).items()
+        }
         for t in range(T):
             logits, state = model(tokens[:, t], state)
             close(logits, whole[:, t])
