@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from spikelm.block import Block
 
+LENGTHS = (1_000, 100_000, 1_000_000)
+"""Lengths of a text, in tokens, at which the size of its state is told."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -54,6 +57,7 @@ class Inspection:
         state_bytes: bytes of one sequence's state, float32; for models that grow, without what grows.
         state_bytes_by_kind: the same, by what is remembered.
         growth_bytes: further bytes of state per token (0: memory is constant).
+        state_bytes_at: tokens of a text -> bytes of its state, for LENGTHS.
         layers: every block.
         weights: file size and dtypes of a checkpoint's weights; None for a bare configuration.
     """
@@ -68,6 +72,7 @@ class Inspection:
     state_bytes: int
     state_bytes_by_kind: Mapping[str, int]
     growth_bytes: int
+    state_bytes_at: Mapping[int, int]
     layers: tuple[Layer, ...]
     weights: Mapping[str, Any] | None
 
@@ -82,6 +87,7 @@ class Inspection:
             "state_bytes": self.state_bytes,
             "state_bytes_by_kind": dict(self.state_bytes_by_kind),
             "growth_bytes_per_token": self.growth_bytes,
+            "state_bytes_at": {str(length): size for length, size in self.state_bytes_at.items()},
             "placement": self.config.placement,
             "neurons": dict(self.neurons),
             "layers": [
@@ -158,6 +164,7 @@ def inspect_config(
         state_bytes=state_bytes(state) - growth,
         state_bytes_by_kind=memory,
         growth_bytes=growth,
+        state_bytes_at={length: state_bytes(model.empty_state(1, max_len=length)) for length in LENGTHS},
         layers=layers,
         weights=weights,
     )
