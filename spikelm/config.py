@@ -133,6 +133,12 @@ class ModelConfig:
             for name, spec in getattr(self, key).items():
                 check_spec(f"{key}[{name!r}]", spec)
 
+        if self.tie_word_embeddings and self.projection_weights("head")["name"] == "int8":
+            raise ConfigError(
+                "tie_word_embeddings is true and weight_overrides makes the head int8; the embedding is "
+                "float, so untie them (tie_word_embeddings: false) or leave the head float"
+            )
+
     def layer(self, index: int) -> Mapping[str, Spec]:
         """Mixer and channel of block ``index``."""
         return self.layers[index % len(self.layers)]
@@ -152,6 +158,11 @@ class ModelConfig:
             if fnmatchcase(path, pattern):
                 return spec
         return FLOAT if path == "head" else self.weights
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether some weights are int8 (for inference; they cannot be trained)."""
+        return any(spec["name"] == "int8" for spec in (self.weights, *self.weight_overrides.values()))
 
     def twin(self) -> ModelConfig:
         """The continuous twin: the same model with every neuron off, those inside parts included."""

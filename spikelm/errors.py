@@ -32,6 +32,10 @@ class ShapeError(SpikeLMError):
     """A tensor whose shape or dtype does not fit."""
 
 
+class CodingError(SpikeLMError):
+    """Counts that a spike coding cannot send, or events that do not fit their weights."""
+
+
 class StateError(SpikeLMError):
     """A recurrent state that does not fit the model or has overflowed."""
 

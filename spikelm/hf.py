@@ -3,7 +3,8 @@
 Importing this module registers ``model_type: spikelm`` with AutoConfig, AutoModelForCausalLM and
 AutoModelForSequenceClassification; without ``import spikelm.hf`` those say that they do not know the model
 type, and no checkpoint can change that. ``generate()`` carries our recurrent state (:class:`RecurrentCache`),
-not a DynamicCache, so its memory does not grow with the length.
+not a DynamicCache, so its memory does not grow with the length (except for ``attention`` layers, whose room
+is doubled when it is used up).
 
 Precision: ``from_pretrained(folder, dtype=torch.bfloat16)`` keeps decays, time constants and neuron
 parameters in float32. ``model.to(torch.bfloat16)``, ``.bfloat16()`` and ``.half()`` are torch's own and cast
@@ -34,7 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassi
 
 from spikelm.errors import CheckpointError, ConfigError, ShapeError
 from spikelm.hf_backbone import Backbone
-from spikelm.hf_cache import CACHE_NAME, RecurrentCache, given_cache
+from spikelm.hf_cache import CACHE_NAME, RecurrentCache, given_cache, with_room
 from spikelm.hf_config import SpikeLMConfig
 from spikelm.hf_inputs import (
     batch_share,
@@ -260,7 +261,8 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         cache = given_cache(cache, past_key_values)
         ctx = self._context(input_ids, attention_mask, position_ids, cache is not None, losses)
         one = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
-        logits, state = self.model(input_ids, None if cache is None else cache.state, ctx, last_only=one)
+        before = None if cache is None else with_room(self.model, cache, input_ids.shape[1])
+        logits, state = self.model(input_ids, before, ctx, last_only=one)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -17,6 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from spikelm import state as states
 from spikelm.errors import ConfigError, StateError
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.model import SpikeLM
 
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 
@@ -92,3 +95,15 @@ def given_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
             "model holds it"
         )
     return given
+
+
+def with_room(model: SpikeLM, cache: RecurrentCache, tokens: int) -> State:
+    """The state of ``cache`` with room for ``tokens`` more.
+
+    Where memory grows its room is at least doubled when it is used up, so that a text of n tokens, one at a
+    time, is copied as often as log n.
+    """
+    room, needed = model.capacity(cache.state), cache.length + tokens
+    if room is None or room >= needed:
+        return cache.state
+    return model.reserve(cache.state, max(needed, 2 * room))

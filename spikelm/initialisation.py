@@ -17,6 +17,8 @@ RWKV-4's scheme, which SpikeGPT uses (D features, block l of L, feature i of D):
 With ``initializer_range`` (Llama, Qwen, SpikingBrain) the embedding, the head, the sinks and every projection
 are normal with that standard deviation; the token-shift mixtures and decays of the table stay.
 
+Int8 weights are those of the table, rounded.
+
 Norms, biases and neuron parameters keep what their constructors set. A part of another package sets its own
 parameters in its constructor; its projections get the row "other projections".
 """
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from spikelm.channels.rwkv import RWKVChannel
 from spikelm.mixers.wkv4 import WKV4
 from spikelm.projection import Projection
+from spikelm.weights import Int8Linear
 
 if TYPE_CHECKING:
     from spikelm.model import SpikeLM
@@ -56,21 +59,41 @@ def initialise(model: SpikeLM) -> None:
             module.mix_r.copy_(ratio**module.depth_left)
             zero |= {module.value, module.receptance}
     for module in model.modules():
-        if isinstance(module, Projection) and isinstance(module.linear, nn.Linear):
+        if isinstance(module, Projection) and isinstance(module.linear, (nn.Linear, Int8Linear)):
+            weight = _matrix(module.linear)
             if spread is not None:
-                module.linear.weight.normal_(std=spread)
+                weight.normal_(std=spread)
             elif module in zero:
-                module.linear.weight.zero_()
+                weight.zero_()
             elif module is not model.head:
-                _orthogonal(module.linear.weight, 1.0)
+                _orthogonal(weight, 1.0)
+            else:
+                continue
+            _store(module.linear, weight)
     if spread is not None:
         model.embedding.weight.normal_(std=spread)
         return
     vocabulary, features = model.embedding.weight.shape
     nn.init.orthogonal_(model.embedding.weight, gain=1e-4 * math.sqrt(max(vocabulary, features)))
     head = model.head
-    if head is not None and isinstance(head.linear, nn.Linear) and not model.config.tie_word_embeddings:
-        _orthogonal(head.linear.weight, 0.5)
+    if head is None or model.config.tie_word_embeddings:
+        return
+    if isinstance(head.linear, (nn.Linear, Int8Linear)):
+        weight = _matrix(head.linear)
+        _orthogonal(weight, 0.5)
+        _store(head.linear, weight)
+
+
+def _matrix(linear: nn.Linear | Int8Linear) -> Tensor:
+    """The weights to draw: those of the layer, or a float matrix of the size of int8 ones."""
+    if isinstance(linear, nn.Linear):
+        return linear.weight
+    return torch.empty(linear.weight.shape, device=linear.weight.device)
+
+
+def _store(linear: nn.Linear | Int8Linear, weight: Tensor) -> None:
+    if isinstance(linear, Int8Linear):
+        linear.load_float(weight)
 
 
 def _orthogonal(weight: Tensor, scale: float) -> None:

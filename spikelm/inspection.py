@@ -122,10 +122,10 @@ def inspect_config(
 
     with torch.device("meta"):
         model = SpikeLM(config)
-    grows = any(getattr(module, "grows", False) for module in model.modules())
-    state = model.init_state(1, max_len=1 if grows else None)
+    grows = model.grows
+    state = model.empty_state(1, max_len=1 if grows else None)
     # A state whose size depends on max_len is measured twice, and what one more position adds is split off.
-    growth = state_bytes(model.init_state(1, max_len=2)) - state_bytes(state) if grows else 0
+    growth = state_bytes(model.empty_state(1, max_len=2)) - state_bytes(state) if grows else 0
     by_kind: dict[str, int] = {}
     for path, parameter in model.named_parameters():
         kind = _kind(path)

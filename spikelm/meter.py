@@ -26,6 +26,7 @@ class ProjectionCount:
     tokens: Tensor
     nonzero: Tensor
     magnitude: Tensor
+    at_cap: Tensor
     clipped: Tensor
     fired: Tensor
     """bool [in_features]: channels that fired at least once."""
@@ -74,6 +75,7 @@ class Meter:
                 tokens=zero,
                 nonzero=zero,
                 magnitude=zero,
+                at_cap=zero,
                 clipped=zero,
                 fired=silent,
             )
@@ -83,10 +85,24 @@ class Meter:
         entry.nonzero = entry.nonzero + nonzero.sum()
         entry.magnitude = entry.magnitude + magnitude.sum(dtype=torch.float64)
         if cap is not None:
-            entry.clipped = entry.clipped + (magnitude >= cap).sum()
+            entry.at_cap = entry.at_cap + (magnitude >= cap).sum()
         entry.fired = entry.fired | nonzero.any(0)
         if path in self.raster:
             self.rasters.setdefault(path, []).append(x.detach().to("cpu", torch.float32))
+
+    @torch.no_grad()
+    def record_clipped(self, path: str, clipped: Tensor, *, valid: Tensor | None) -> None:
+        """Add what the cap cut off in the call of a projection that was just recorded.
+
+        Args:
+            path: dotted name of the projection.
+            clipped: bool [B, T, D] or [B, D], counts that the cap made smaller.
+            valid: bool [B, T]; tokens that are not padding, or None.
+        """
+        if valid is not None and clipped.dim() == 3:
+            clipped = clipped & valid[..., None]
+        entry = self.counts[path]
+        entry.clipped = entry.clipped + clipped.sum()
 
     def record_neuron(self, path: str, y: Tensor, *, spiking: bool, valid: Tensor | None) -> None:
         """Add one call of a neuron outside projections, with its output y [B, T, D] or [B, D]."""
@@ -99,11 +115,12 @@ class Meter:
 
         Returns:
             ``projections``: path -> {spiking, in_features, out_features, tokens, firing_rate (share of inputs
-            that are not zero), silent, mean_count (mean |x|), at_cap (share of inputs at the cap),
-            never_fired (share of channels)}; ``total``: firing_rate, silent and mean_count weighted by
-            multiply-accumulates, ``spiking_share`` (share of multiply-accumulates whose input is spikes) and
-            ``dense_macs`` per token; ``neurons``: path -> {features, tokens, firing_rate, silent, mean_count,
-            never_fired} of spiking neurons outside projections.
+            that are not zero), silent, mean_count (mean |x|), at_cap (share of inputs at the cap), clipped
+            (share of inputs whose count the cap cut off), never_fired (share of channels)}; ``total``:
+            firing_rate, silent and mean_count weighted by multiply-accumulates, ``spiking_share`` (share of
+            multiply-accumulates whose input is spikes) and ``dense_macs`` per token; ``neurons``: path ->
+            {features, tokens, firing_rate, silent, mean_count, never_fired} of spiking neurons outside
+            projections.
         """
         neurons: dict[str, dict[str, Any]] = {}
         projections: dict[str, dict[str, Any]] = {}
@@ -127,7 +144,8 @@ class Meter:
                 "in_features": entry.in_features,
                 "out_features": entry.out_features,
                 **activity,
-                "at_cap": float(entry.clipped) / inputs,
+                "at_cap": float(entry.at_cap) / inputs,
+                "clipped": float(entry.clipped) / inputs,
             }
             weight = float(entry.in_features * entry.out_features)
             macs += weight

@@ -83,23 +83,33 @@ class SpikeLM(nn.Module):
             dtype: of the memory.
             max_len: tokens to make room for where memory grows (see :attr:`grows`), sinks not counted.
         """
+        if self.sinks is None:
+            return self.empty_state(batch, device, dtype, max_len)
+        state = self.empty_state(1, device, dtype, max_len)
+        x, ctx = self.sinks[None], replace(EMPTY, sinks=True)
+        for (block, own), name in zip(self._blocks_with(state), _names(self.blocks), strict=True):
+            x, state[name] = block(x, own, ctx)
+        return states.select_rows(state, torch.zeros(batch, dtype=torch.int64, device=x.device))
+
+    def empty_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_len: int | None = None,
+    ) -> State:
+        """The shapes of a state, without the sinks: what ``init_state`` gives where there are none."""
         weight = self.embedding.weight
         device = weight.device if device is None else device
         dtype = (
             (torch.float64 if weight.dtype == torch.float64 else torch.float32) if dtype is None else dtype
         )
-        rows = batch if self.sinks is None else 1
-        state: State = {"embedding": self.embedding_neuron.init_state(rows, device, dtype, max_len)}
-        for layer, block in enumerate(self.blocks):
-            state[f"block{layer}"] = cast(Block, block).init_state(rows, device, dtype, max_len)
+        state: State = {"embedding": self.embedding_neuron.init_state(batch, device, dtype, max_len)}
+        for name, block in zip(_names(self.blocks), self.blocks, strict=True):
+            state[name] = cast(Block, block).init_state(batch, device, dtype, max_len)
         if self.head is not None:
-            state["head"] = self.head.init_state(rows, device, dtype, max_len)
-        if self.sinks is None:
-            return state
-        x, ctx = self.sinks[None].to(device), replace(EMPTY, sinks=True)
-        for layer, block in enumerate(self.blocks):
-            x, state[f"block{layer}"] = block(x, cast(State, state[f"block{layer}"]), ctx)
-        return states.select_rows(state, torch.zeros(batch, dtype=torch.int64, device=device))
+            state["head"] = self.head.init_state(batch, device, dtype, max_len)
+        return state
 
     @property
     def grows(self) -> bool:
@@ -114,14 +124,14 @@ class SpikeLM(nn.Module):
     def reserve(self, state: State, max_len: int) -> State:
         """The same state with room for ``max_len`` tokens where memory grows (never less than before)."""
         new = dict(state)
-        for layer, (block, own) in enumerate(self._blocks_with(state)):
-            new[f"block{layer}"] = block.reserve(own, max_len)
+        for name, (block, own) in zip(_names(self.blocks), self._blocks_with(state), strict=True):
+            new[name] = block.reserve(own, max_len)
         return new
 
     def _blocks_with(self, state: State) -> list[tuple[Block, State]]:
         return [
-            (cast(Block, block), cast(State, state[f"block{layer}"]))
-            for layer, block in enumerate(self.blocks)
+            (cast(Block, block), cast(State, state[name]))
+            for name, block in zip(_names(self.blocks), self.blocks, strict=True)
         ]
 
     def forward(
@@ -177,9 +187,7 @@ class SpikeLM(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and x.dim() == 3
-        for layer, module in enumerate(self.blocks):
-            block, name = cast(Block, module), f"block{layer}"
-            before = cast(State, state[name])
+        for name, (block, before) in zip(_names(self.blocks), self._blocks_with(state), strict=True):
             x, new[name] = _checkpointed(block, x, before, ctx) if recompute else block(x, before, ctx)
             x = self._dropout(x, block.path, ctx)
         if "head" in state:
@@ -254,6 +262,11 @@ class SpikeLM(nn.Module):
                 raise ShapeError(
                     f"{name} is {tuple(mask.shape)} {mask.dtype}; expected {tuple(tokens.shape)} torch.bool"
                 )
+
+
+def _names(blocks: nn.ModuleList) -> list[str]:
+    """Keys of the blocks' states."""
+    return [f"block{layer}" for layer in range(len(blocks))]
 
 
 def _one_column(ctx: Context) -> Context:

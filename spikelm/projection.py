@@ -4,6 +4,10 @@ A projection is an input neuron followed by a matrix product. With an integer ne
 the counts themselves and scaled by the threshold afterwards, y = V * (n W^T): what reaches the weights are
 integers, exact in bfloat16 and int8. The weights are a plain ``nn.Linear`` child, so that tensor-parallel,
 quantisation and LoRA tools find and wrap it, and see spikes as its input.
+
+With int8 weights and an integer neuron the product is one of integers, exact, and its result has the same
+bits in any batch. Counts beyond 127 are cut off there. Without a neuron (``none``) int8 weights only save
+memory: the product is the float one with what they stand for.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spikelm.codings.product import expanded_product
 from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
-from spikelm.weights import FLOAT, build_weights
+from spikelm.weights import FLOAT, LARGEST, Int8Linear, build_weights
 
 
 class Projection(Part):
@@ -49,6 +54,8 @@ class Projection(Part):
         self.in_features, self.out_features = in_features, out_features
         self.neuron = neuron
         self.linear = build_weights(weights, in_features, out_features)
+        if isinstance(self.linear, Int8Linear) and getattr(neuron, "cap", 0) is None:
+            neuron.cap = LARGEST  # type: ignore[assignment]
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def init_state(
@@ -72,12 +79,24 @@ class Projection(Part):
                 valid=ctx.valid,
                 cap=getattr(self.neuron, "cap", None),
             )
-        y = cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
+            clipped = self.neuron.clipped(x, spikes, scale)
+            if clipped is not None:
+                ctx.meter.record_clipped(self.path, clipped, valid=ctx.valid)
+        y = self._multiply(spikes, ctx)
         if scale is not None:
             y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y, state
+        return (y.to(x.dtype) if isinstance(self.linear, Int8Linear) else y), state
+
+    def _multiply(self, spikes: Tensor, ctx: Context) -> Tensor:
+        """Spikes times weights; float32 for int8 weights, else the weights' dtype."""
+        if isinstance(self.linear, Int8Linear) and not self.neuron.spiking:
+            return self.linear.weight_only(spikes)
+        # Binary spikes are one micro-step already, and without a neuron there is nothing to expand.
+        if ctx.coding is not None and hasattr(self.neuron, "cap"):
+            return expanded_product(self.linear, _as_weights(spikes, self.linear), ctx.coding)
+        return cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """One token: x [B, D] -> y [B, D']."""

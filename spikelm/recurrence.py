@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from spikelm.randomness import CounterRandom
 from spikelm.state import State
 
 if TYPE_CHECKING:
+    from spikelm.codings import Coding
     from spikelm.meter import Meter
 
 
@@ -44,7 +45,7 @@ class Context:
     meter: Meter | None = None
     losses: list[Tensor] | None = None
     step: int = 0
-    coding: Any = None
+    coding: Coding | None = None
     loads: dict[str, Tensor] | None = None
     sinks: bool = False
 

@@ -1,7 +1,7 @@
-"""Names of parts: neurons, mixers, channels.
+"""Names of parts: neurons, mixers, channels, spike codings.
 
 A part registers itself under the name that configurations use. Other packages add theirs through the entry
-point groups ``spikelm.neurons``, ``spikelm.mixers``, ``spikelm.channels`` and ``spikelm.surrogates``; they
+point groups ``spikelm.neurons``, ``spikelm.mixers``, ``spikelm.channels`` and ``spikelm.codings``; they
 are imported when a name is first asked for that this package does not have.
 """
 
@@ -65,3 +65,4 @@ class Registry(Generic[T]):
 neurons: Registry[type[Any]] = Registry("neuron", "spikelm.neurons")
 mixers: Registry[type[Any]] = Registry("mixer", "spikelm.mixers")
 channels: Registry[type[Any]] = Registry("channel", "spikelm.channels")
+codings: Registry[type[Any]] = Registry("coding", "spikelm.codings")

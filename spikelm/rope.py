@@ -22,7 +22,8 @@ from torch import Tensor
 
 from spikelm.errors import ConfigError, ShapeError, nearest
 
-_Scaled = tuple[Tensor, float]
+# Frequencies and the factor on the features. Plain numbers: models are also built on the meta device.
+_Scaled = tuple[list[float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +101,11 @@ def resolve_rope(
             f"{features} of {head_dim} features of a head would be rotated; expected an even number of at "
             "least 2: change head_dim or partial_rotary_factor, or set rope: false"
         )
-    exponent = torch.arange(0, features, 2, dtype=torch.float64) / features
-    frequency, magnitude = float(theta) ** -exponent, 1.0
+    frequencies, magnitude = [float(theta) ** (-i / features) for i in range(0, features, 2)], 1.0
     if scaling is not None:
         kind, options = _checked(scaling)
-        frequency, magnitude = _KINDS[kind].apply(frequency, float(theta), options)
-    return Rope(frequencies=tuple(frequency.tolist()), magnitude=magnitude)
+        frequencies, magnitude = _KINDS[kind].apply(frequencies, float(theta), options)
+    return Rope(frequencies=tuple(frequencies), magnitude=magnitude)
 
 
 def rotate(
@@ -123,30 +123,34 @@ def rotate(
     return rope.rotate(x, position)
 
 
-def _default(frequency: Tensor, theta: float, options: Mapping[str, Any]) -> _Scaled:
-    return frequency, 1.0
+def _default(frequencies: list[float], theta: float, options: Mapping[str, Any]) -> _Scaled:
+    return frequencies, 1.0
 
 
-def _linear(frequency: Tensor, theta: float, options: Mapping[str, Any]) -> _Scaled:
+def _linear(frequencies: list[float], theta: float, options: Mapping[str, Any]) -> _Scaled:
     """Positions divided by the factor."""
-    return frequency / options["factor"], 1.0
+    return [frequency / options["factor"] for frequency in frequencies], 1.0
 
 
-def _llama3(frequency: Tensor, theta: float, options: Mapping[str, Any]) -> _Scaled:
+def _llama3(frequencies: list[float], theta: float, options: Mapping[str, Any]) -> _Scaled:
     """Slow pairs are slowed by the factor, fast ones not at all, those between them in part."""
-    turns = options["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high = options["low_freq_factor"], options["high_freq_factor"]
+    low, high = float(options["low_freq_factor"]), float(options["high_freq_factor"])
+    length, factor = float(options["original_max_position_embeddings"]), float(options["factor"])
     if high <= low:
         raise ConfigError(
             f"rope_scaling has high_freq_factor {high} and low_freq_factor {low}; expected high > low"
         )
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (keep + (1 - keep) / options["factor"]), 1.0
+
+    def slowed(frequency: float) -> float:
+        kept = _unit((length * frequency / (2 * math.pi) - low) / (high - low))
+        return frequency * (kept + (1 - kept) / factor)
+
+    return [slowed(frequency) for frequency in frequencies], 1.0
 
 
-def _yarn(frequency: Tensor, theta: float, options: Mapping[str, Any]) -> _Scaled:
+def _yarn(frequencies: list[float], theta: float, options: Mapping[str, Any]) -> _Scaled:
     """YaRN: as llama3 with a ramp over the pairs' indices, and a factor on the features."""
-    features, factor = 2 * len(frequency), options["factor"]
+    features, factor = 2 * len(frequencies), options["factor"]
     length = options["original_max_position_embeddings"]
 
     def pair(turns: float) -> float:
@@ -158,7 +162,7 @@ def _yarn(frequency: Tensor, theta: float, options: Mapping[str, Any]) -> _Scale
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, features - 1)
     width = high - low or 0.001
-    slowed = ((torch.arange(features // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+    slowed = [_unit((index - low) / width) for index in range(len(frequencies))]
     magnitude = options.get("attention_factor")
     if magnitude is None:
         scale, whole = options.get("mscale"), options.get("mscale_all_dim")
@@ -166,7 +170,11 @@ def _yarn(frequency: Tensor, theta: float, options: Mapping[str, Any]) -> _Scale
             magnitude = _temperature(factor, scale) / _temperature(factor, whole)
         else:
             magnitude = _temperature(factor, 1.0)
-    return frequency * (slowed / factor + 1 - slowed), float(magnitude)
+    return [f * (s / factor + 1 - s) for f, s in zip(frequencies, slowed, strict=True)], float(magnitude)
+
+
+def _unit(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
 
 
 def _temperature(factor: float, scale: float) -> float:
@@ -177,7 +185,7 @@ def _temperature(factor: float, scale: float) -> float:
 class _Kind:
     """A way to scale, with the keys it must have and those it may have."""
 
-    apply: Callable[[Tensor, float, Mapping[str, Any]], _Scaled]
+    apply: Callable[[list[float], float, Mapping[str, Any]], _Scaled]
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 

@@ -14,6 +14,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MODELS = {
     "counts": {"placement": "before", "neuron": {"name": "adaptive", "dead_zone": 1.0}},
     "binary": {"placement": "before", "neuron": {"name": "plif", "gain": 1.5}},
+    "linear": {
+        "neuron": {"name": "adaptive", "dead_zone": 1.0},
+        "layers": [
+            {"mixer": {"name": name, "short_convolution": 3}, "channel": {"name": "rwkv"}}
+            for name in ("gla", "gla_tied")
+        ],
+    },
     "published": {"placement": "after", "neuron": {"name": "lif"}, "embedding_neuron": {"name": "heaviside"}},
 }
 

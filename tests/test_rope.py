@@ -143,6 +143,12 @@ def test_the_old_name_of_the_kind_and_default() -> None:
     assert resolve_rope(8, scaling={"rope_type": "default"}) == resolve_rope(8)
 
 
+def test_a_model_is_built_on_the_meta_device() -> None:
+    expected = resolve_rope(8, scaling=YARN)
+    with torch.device("meta"):
+        assert resolve_rope(8, scaling=YARN) == expected
+
+
 def test_positions_that_do_not_fit() -> None:
     with pytest.raises(ShapeError, match=r"rotary positions \(2, 3\)"):
         rotate(torch.zeros(2, 4, 1, 8), torch.zeros(2, 3, dtype=torch.int64))

@@ -142,9 +142,9 @@ def combine(meter: Meter, ranks: Ranks) -> None:
     for path in sorted(seen):
         entry = meter.counts.get(path)
         if entry is None:
-            parts.append(torch.zeros(4 + seen[path][1], dtype=torch.float64, device=meter_device(meter)))
+            parts.append(torch.zeros(5 + seen[path][1], dtype=torch.float64, device=meter_device(meter)))
         else:
-            sums = torch.stack([entry.tokens, entry.nonzero, entry.magnitude, entry.clipped])
+            sums = torch.stack([entry.tokens, entry.nonzero, entry.magnitude, entry.at_cap, entry.clipped])
             parts.append(torch.cat([sums, entry.fired.to(torch.float64)]))
     totals = ranks.total(torch.cat(parts).cpu())
     for path, sums in zip(sorted(seen), totals.split([len(part) for part in parts]), strict=True):
@@ -156,8 +156,9 @@ def combine(meter: Meter, ranks: Ranks) -> None:
             tokens=sums[0],
             nonzero=sums[1],
             magnitude=sums[2],
-            clipped=sums[3],
-            fired=sums[4:] > 0,
+            at_cap=sums[3],
+            clipped=sums[4],
+            fired=sums[5:] > 0,
         )
         if outside:
             meter.outside.add(path)

@@ -13,6 +13,7 @@ import torch
 from spikelm.config import ModelConfig
 from spikelm.errors import ConfigError, DataError
 from spikelm.model import SpikeLM
+from spikelm.recurrence import Part
 from spikelm.train.reporting import ProgressFactory, silent_progress
 
 if TYPE_CHECKING:
@@ -163,15 +164,38 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> SpikeLM:
     """The model with the initial weights of the run's seed, or with those of ``init_from``.
 
     Raises:
-        ConfigError: the model is not valid.
+        ConfigError: the model is not valid, or its state grows and the run carries it.
         CheckpointError: the checkpoint of ``init_from`` is missing, damaged, or of another shape.
         DataError: its tokenizer is another one.
     """
     if config.init_from is None:
         resolved = model_config(config.model, tokenizer)
+        refuse_int8(resolved, "the model")
         torch.manual_seed(config.seed)
-        return SpikeLM(resolved)
-    return _from_checkpoint(config, config.init_from, tokenizer)
+        model = SpikeLM(resolved)
+    else:
+        model = _from_checkpoint(config, config.init_from, tokenizer)
+    if config.data.carried and model.grows:
+        growing = [module.path for module in model.modules() if isinstance(module, Part) and module.grows]
+        raise ConfigError(
+            f"data.carried is true, and the state of {growing[0]} (full attention) keeps every token: "
+            "carried over the whole text it would grow without bound; set data.carried: "
+            "false, or use the mixer swa"
+        )
+    return model
+
+
+def refuse_int8(config: ModelConfig, what: str) -> None:
+    """Refuse to train a model some of whose weights are int8.
+
+    Raises:
+        ConfigError: naming ``what`` has such weights.
+    """
+    if config.has_int8:
+        raise ConfigError(
+            f"{what} has int8 weights, which cannot be trained: train the float checkpoint it was made from, "
+            "and quantise that again"
+        )
 
 
 def _from_checkpoint(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> SpikeLM:
@@ -179,6 +203,7 @@ def _from_checkpoint(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> 
     from spikelm.checkpoint import check_weights, load_tokenizer, read_config, read_weights
 
     start = read_config(folder)
+    refuse_int8(start, f"init_from {folder}")
     try:
         own = load_tokenizer(folder)
     except DataError:  # converted weights may have none, and then there is nothing to compare
@@ -195,6 +220,7 @@ def _from_checkpoint(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> 
             f"init_from {folder} only {start.vocab_size}; use the tokenizer it was trained with"
         )
     resolved = model_config(config.model, tokenizer, start)
+    refuse_int8(resolved, "the model")
     torch.manual_seed(config.seed)
     model = SpikeLM(resolved)
     weights = read_weights(folder)

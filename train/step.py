@@ -268,7 +268,7 @@ class StepRunner:
         }
         config, ranks = self._config, self._backend.ranks
         for start, rows in pieces(0, config.batch_size, config.accumulation, ranks.rank, ranks.world_size):
-            like = self._backend.model.init_state(rows, self._backend.device)
+            like = self._backend.model.empty_state(rows, self._backend.device)
             mine = {
                 name: value[start : start + rows].to(self._backend.device) for name, value in whole.items()
             }

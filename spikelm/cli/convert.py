@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spikelm.cli._common import JsonOption, console, human_bytes, write_json
+from spikelm.cli.convert_spikingbrain import spikingbrain
 
 if TYPE_CHECKING:
+    from spikelm.config import ModelConfig
     from spikelm.formats.converted import Converted
+    from spikelm.tokenizer import Tokenizer
 
 app = typer.Typer(
     add_completion=False,
@@ -28,6 +31,8 @@ TokenizerOption = Annotated[
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+app.command()(spikingbrain)
 
 
 @app.command()
@@ -92,6 +97,34 @@ def _refuse_folder(file: Path) -> None:
         raise CheckpointError(f"{file} is a folder; expected a file of weights")
 
 
+def check_target(source: Path, out: Path, overwrite: bool) -> None:
+    """Refuse a target that is no folder of a checkpoint, or that holds what is to be converted."""
+    from spikelm.errors import ConfigError
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give the path of a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"{out} exists and is not empty; choose another folder or say --overwrite")
+        if not (out / "config.json").is_file():
+            raise ConfigError(f"{out} is not a checkpoint folder (no config.json), so it is not overwritten")
+        if source.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{source} lies inside {out}, which --overwrite would remove; choose another folder"
+            )
+
+
+def check_tokenizer(words: Tokenizer, config: ModelConfig) -> None:
+    """Refuse a tokenizer with more tokens than the model."""
+    from spikelm.errors import ConfigError
+
+    if words.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {words.vocab_size} tokens, the model {config.vocab_size}; "
+            f"expected at most as many as the model has"
+        )
+
+
 def _finish(
     converted: Converted,
     file: Path,
@@ -103,29 +136,14 @@ def _finish(
     import dataclasses
 
     from spikelm.checkpoint import save_checkpoint
-    from spikelm.errors import ConfigError
     from spikelm.state import state_bytes
     from spikelm.tokenizer import Tokenizer
 
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; give the path of a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ConfigError(f"{out} exists and is not empty; choose another folder or say --overwrite")
-        if not (out / "config.json").is_file():
-            raise ConfigError(f"{out} is not a checkpoint folder (no config.json), so it is not overwritten")
-        if file.resolve().is_relative_to(out.resolve()):
-            raise ConfigError(
-                f"{file} lies inside {out}, which --overwrite would remove; choose another folder"
-            )
+    check_target(file, out, overwrite)
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
     config = converted.config
     if words is not None:
-        if words.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {words.vocab_size} tokens, the model {config.vocab_size}; "
-                f"expected at most as many as the model has"
-            )
+        check_tokenizer(words, config)
         config = dataclasses.replace(config, bos_token_id=words.bos_id, eos_token_id=words.eos_id)
     model = dataclasses.replace(converted, config=config).model()
     save_checkpoint(out, model, words)

@@ -56,6 +56,15 @@ def evaluate(
     twin: Annotated[
         bool, typer.Option("--twin", help="Switch every neuron off, keeping the weights.")
     ] = False,
+    coding: Annotated[
+        str | None,
+        typer.Option(
+            "--coding",
+            metavar="NAME",
+            help="Run expanded over the micro-steps of a coding (ternary, bidirectional, ...) and tell what "
+            "every coding would send.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16 or float64.")
@@ -75,6 +84,7 @@ def evaluate(
     import torch
 
     from spikelm.checkpoint import load_model
+    from spikelm.codings import build_coding
     from spikelm.data.source import open_source
     from spikelm.errors import ConfigError
     from spikelm.evaluation.corpus import read_corpus
@@ -92,6 +102,7 @@ def evaluate(
         raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if stride is None:
         stride = min(512, max(1, length // 2))
+    expansion = None if coding is None else build_coding(coding)
     windows = Windows(
         modes=parse_modes(mode), length=length, stride=stride, batch_size=batch_size, chunk=chunk
     )
@@ -116,13 +127,22 @@ def evaluate(
     total = corpus.predictions * len(windows.modes)
     with progress("measuring", total, "tokens") as bar:
         result = measure(
-            model, corpus, windows, vocab_size=config.vocab_size, device=target, advance=bar.advance
+            model,
+            corpus,
+            windows,
+            vocab_size=config.vocab_size,
+            device=target,
+            advance=bar.advance,
+            coding=expansion,
         )
+    if coding is not None and not result.spikes["codings"]:
+        warn("no projection of this model has spikes as its input: nothing was expanded, it is dense")
     if str(json_file) != "-":
         _print(result, corpus.name, corpus.start_token)
     report: dict[str, Any] = result.to_dict() | {
         "checkpoint": str(checkpoint),
         "twin": twin,
+        "coding": coding,
         "dtype": dtype,
         "device": str(target),
         "config": config.to_dict(),
@@ -220,3 +240,25 @@ def _print(result: Result, name: str, start_token: int | None) -> None:
         "",
     )
     out.print(spikes)
+    if result.spikes.get("codings"):
+        _print_codings(result.spikes["codings"])
+
+
+def _print_codings(found: dict[str, Any]) -> None:
+    """Micro-steps, events and sparsity of every coding over all counts."""
+    from rich.table import Table
+
+    table = Table(
+        title="codings over all counts, exact windows (as many micro-steps as the largest count needs)"
+    )
+    for heading in ("coding", "micro-steps", "events per channel", "sparsity"):
+        table.add_column(heading, justify="left" if heading == "coding" else "right")
+    for name, entry in found.items():
+        if "not_applicable" in entry:
+            table.add_row(name, "-", "-", "no code for negative counts")
+            continue
+        exact = entry["exact"]
+        table.add_row(
+            name, str(exact["steps"]), f"{exact['events_per_channel']:.4f}", f"{exact['sparsity']:.4f}"
+        )
+    console().print(table)

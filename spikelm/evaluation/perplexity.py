@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from spikelm.codings import Coding
+from spikelm.codings.meter import CountMeter
 from spikelm.errors import ConfigError, DataError
 from spikelm.evaluation import segments
 from spikelm.evaluation.corpus import Corpus
@@ -112,6 +114,7 @@ def measure(
     vocab_size: int,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] | None = None,
+    coding: Coding | None = None,
 ) -> Result:
     """Measure a model in evaluation mode.
 
@@ -122,13 +125,15 @@ def measure(
         vocab_size: width of the logits.
         device: where the model is.
         advance: called with a number of scored tokens now and then, for progress.
+        coding: run expanded over its micro-steps; the result then has its statistics, too.
 
     Raises:
         DataError: if a token is outside the model's vocabulary, or a loss is not finite.
+        CodingError: the coding has no code for a count that occurs.
     """
     check_vocabulary(corpus, vocab_size)
     figures = []
-    meter = Meter()
+    meter = Meter() if coding is None else CountMeter()
     for mode in windows.modes:
         # One mode is metered: spikes of overlapping windows would count tokens several times.
         metered = mode == windows.modes[-1]
@@ -143,6 +148,7 @@ def measure(
             device=device,
             max_len=longest if mode == "carried" else min(longest, windows.length),
             meter=meter if metered else None,
+            coding=coding,
         ):
             tally.add(scores)
             if advance is not None:

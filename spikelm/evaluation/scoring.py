@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spikelm import state as states
+from spikelm.codings import Coding
 from spikelm.errors import DataError
 from spikelm.evaluation.segments import Segment
 from spikelm.meter import Meter
@@ -132,6 +133,7 @@ def score(
     device: torch.device | str = "cpu",
     max_len: int | None = None,
     meter: Meter | None = None,
+    coding: Coding | None = None,
 ) -> Iterator[Scores]:
     """Score every segment; the order in which scores come is not that of the segments.
 
@@ -144,6 +146,7 @@ def score(
         device: where the model is.
         max_len: longest segment, for parts whose state grows.
         meter: counts the spikes of scored and context tokens alike, or None.
+        coding: run expanded over its micro-steps, or None.
 
     Raises:
         DataError: if a loss is not finite.
@@ -165,6 +168,7 @@ def score(
             reset=reset.to(device) if bool(reset.any()) else None,
             valid=None if bool(valid.all()) else valid.to(device),
             meter=meter,
+            coding=coding,
         )
         with torch.inference_mode():  # never across a yield: it would reach into the caller
             if state is None:

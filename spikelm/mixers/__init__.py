@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spikelm.mixers import parallel, sdsa, ssa, wkv4
+from spikelm.mixers import attention, gla, parallel, sdsa, ssa, swa, wkv4
 
-__all__ = ["parallel", "sdsa", "ssa", "wkv4"]
+__all__ = ["attention", "gla", "parallel", "sdsa", "ssa", "swa", "wkv4"]

@@ -2,7 +2,8 @@
 
 SpikingBrain (arXiv 2509.05276, section 3.3): V = mean|x| / k over the features of a token, count
 n = round(x / V). Two additions: a dead zone, counts are zero where |x| < dead_zone * mean|x| (most
-channels stay silent, those that fire keep a fine magnitude), and a cap, |n| <= cap (127: counts fit int8).
+channels stay silent, those that fire keep a fine magnitude), and a cap, |n| <= cap (127: counts fit
+int8; null: no cap, as in the report, except before int8 weights, where it is 127).
 Output n * V. Gradient: straight-through, d(n V)/dx = 1, zero where the cap bites.
 State: none. Deviation from the report: V has a tiny floor (1e-8) instead of the release's clamp to
 [1e-5, 1e4], so that small activations are not silenced by an absolute constant.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spikelm.errors import ConfigError
@@ -23,6 +25,9 @@ from spikelm.registry import neurons
 from spikelm.state import State
 from spikelm.surrogate import spike
 
+UNLIMITED = 2**24
+"""Cap that stands for none: beyond it float32 counts would not be whole numbers in steps of one."""
+
 
 @neurons.register("adaptive")
 class Adaptive(Neuron):
@@ -32,7 +37,7 @@ class Adaptive(Neuron):
         features: D.
         k: counts that a channel of mean magnitude emits; V = mean|x| / k.
         dead_zone: channels below this many mean magnitudes stay silent.
-        cap: largest |count|; at most 127, so that counts fit int8.
+        cap: largest |count|, at most 127, so that counts fit int8; None for no limit.
         rate_target: see :class:`spikelm.neurons.base.RateTarget`.
     """
 
@@ -42,7 +47,7 @@ class Adaptive(Neuron):
         *,
         k: float = 3.0,
         dead_zone: float = 0.0,
-        cap: int = 127,
+        cap: int | None = 127,
         rate_target: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the options."""
@@ -51,9 +56,10 @@ class Adaptive(Neuron):
             raise ConfigError(f"adaptive k is {k}; expected a positive number")
         if not dead_zone >= 0:
             raise ConfigError(f"adaptive dead_zone is {dead_zone}; expected zero or more")
-        if not (isinstance(cap, int) and 1 <= cap <= 127):
+        if cap is not None and not (isinstance(cap, int) and 1 <= cap <= 127):
             raise ConfigError(
-                f"adaptive cap is {cap!r}; expected a whole number from 1 to 127 (counts are int8)"
+                f"adaptive cap is {cap!r}; expected a whole number from 1 to 127 (counts are int8), "
+                "or null for no limit"
             )
         self.k, self.dead_zone, self.cap = float(k), float(dead_zone), cap
 
@@ -63,7 +69,8 @@ class Adaptive(Neuron):
 
     def _counts(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor, State]:
         x = zero_invalid(x, ctx) if x.dim() == 3 else x
-        counts, threshold = adaptive_encode(x, k=self.k, dead_zone=self.dead_zone, cap=self.cap)
+        cap = UNLIMITED if self.cap is None else self.cap
+        counts, threshold = adaptive_encode(x, k=self.k, dead_zone=self.dead_zone, cap=cap)
         if x.dim() == 3:
             self.add_rate_loss(x, counts, ctx)
         return counts, threshold, state
@@ -76,6 +83,12 @@ class Adaptive(Neuron):
     def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """The step on all tokens at once: there is no state."""
         return self.step(x, state, ctx)
+
+    def clipped(self, x: Tensor, spikes: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Where |round(x / V)| exceeds the cap; a count that just reaches it is not cut off."""
+        if self.cap is None or scale is None:
+            return None
+        return (torch.round(x.detach().to(scale.dtype) / scale).abs() > self.cap) & (spikes != 0)
 
     def fired(self, x: Tensor, spikes: Tensor) -> Tensor:
         """1.0 where a channel fired; the surrogate derivative is a triangle of width one mean magnitude."""

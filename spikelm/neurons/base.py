@@ -92,6 +92,16 @@ class Neuron(Part):
         y, state = self(x, state, ctx)
         return y, None, state
 
+    def clipped(self, x: Tensor, spikes: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Where the cap made a count smaller, bool [.., D], or None without a cap.
+
+        Args:
+            x: input of :meth:`encode`, [.., D].
+            spikes: what it returned.
+            scale: what it returned.
+        """
+        return None
+
     def fired(self, x: Tensor, spikes: Tensor) -> Tensor:
         """1.0 where a channel fired, differentiable in x through a surrogate; [.., D]."""
         return spikes

@@ -10,6 +10,7 @@ from torch import nn
 
 from spikelm.block import Block, build_child
 from spikelm.config import ModelConfig
+from spikelm.convolution import ShortConvolution
 from spikelm.neurons.base import build_neuron
 from spikelm.projection import Projection
 from spikelm.recurrence import Part
@@ -58,13 +59,56 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
         {"causal": False, "neuron": {"name": "heaviside"}},
         {"causal": False, "version": 2, "num_heads": 2},
     ],
+    "gla": [
+        {},
+        {"num_heads": 4, "num_kv_heads": 2, "feature_map": "identity", "qkv_bias": True, "gate_rank": 3},
+        {"head_dim": 2, "output_gate": "swish", "output_norm": False, "short_convolution": 3},
+        {"num_heads": 2, "num_kv_heads": 1, "rope": True, "qk_norm": True, "feature_map": "sigmoid"},
+        {"gate_rank": None, "gate_divisor": 0.1, "short_convolution": 4, "rope": True, "qkv_bias": True},
+    ],
+    "gla_tied": [
+        {},
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "qkv_bias": True,
+            "qk_norm": True,
+            "output_gate": "swish",
+            "rope": True,
+            "short_convolution": 2,
+        },
+    ],
+    "attention": [
+        {"num_heads": 2, "qkv_bias": True},
+        {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "output_gate": True, "output_bias": True},
+        {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4, "partial_rotary_factor": 0.5},
+        {"num_heads": 2, "rope": False},
+    ],
     "parallel": [
         {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
+        {"branches": [{"name": "swa", "window": 3}, {"name": "attention", "num_heads": 2}]},
+    ],
+    "swa": [
+        {"window": 1},
+        {"window": 2, "num_heads": 4, "num_kv_heads": 2},
+        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True},
+        {"window": 4, "num_heads": 2, "num_kv_heads": 1, "qk_norm": True, "output_gate": True},
+        {"window": 20, "num_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"window": 3, "num_heads": 2, "rope": False},
     ],
 }
 CHANNELS: dict[str, list[dict[str, Any]]] = {
     "mlp": [{}, {"expand": 1.5, "norm": False, "activation": "none"}, {"activation": "relu2"}],
+    "moe": [
+        {"experts": 4, "hidden": 6},
+        {"experts": 5, "top_k": 3, "hidden": 4, "shared": 2, "shared_hidden": 6, "router": "sigmoid"},
+        {"experts": 3, "hidden": 4, "normalise_weights": False, "scale": 2.5, "loss_free_bias": 0.1},
+        {"experts": 2, "top_k": 2, "hidden": 4},
+    ],
+    "swiglu": [{}, {"hidden": 5}],
 }
+# Experts refuse neurons with memory (tests/channels/test_moe.py); router and shared experts have them here.
+OVERRIDES: dict[str, Any] = {"*.experts.*": {"name": "adaptive"}}
 INPUT_NEURONS: list[dict[str, Any]] = [
     {"name": "none"},
     {"name": "adaptive", "dead_zone": 1.0},
@@ -92,6 +136,8 @@ def cases() -> Iterator[tuple[str, Callable[[], Part]]]:
             for name in registry.names():
                 for options in variants.get(name, [{}]):
                     yield f"{_id(name, options)}-{neuron['name']}", _mixing(kind, name, options, neuron)
+    yield "short_convolution", lambda: ShortConvolution(D, 4)
+    yield "short_convolution-none", lambda: ShortConvolution(D, 2, activation="none", bias=True)
     yield "block-after", lambda: Block(_config(placement="after", neuron={"name": "lif"}), 0)
     yield "block-before", lambda: Block(_config(placement="before", neuron={"name": "adaptive"}), 1)
 
@@ -113,5 +159,6 @@ def _projection(neuron: dict[str, Any]) -> Callable[[], Part]:
 
 
 def _mixing(kind: str, name: str, options: dict[str, Any], neuron: dict[str, Any]) -> Callable[[], Part]:
-    config = _config(neuron=neuron)
+    stateful = bool(build_neuron(neuron, D).init_state(1))
+    config = _config(neuron=neuron, neuron_overrides=OVERRIDES if stateful else {})
     return lambda: build_child(config, 1, "blocks.1.", kind, kind, {"name": name, **options})

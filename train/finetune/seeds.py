@@ -25,7 +25,7 @@ from spikelm.train.finetune.examples import Task, expand, load_task
 from spikelm.train.finetune.metrics import spread
 from spikelm.train.finetune.run import BEST, Run, RunResult, Sets
 from spikelm.train.reporting import ProgressFactory, silent_progress
-from spikelm.train.setup import model_config
+from spikelm.train.setup import model_config, refuse_int8
 from spikelm.train.stop import StopSignals
 
 if TYPE_CHECKING:
@@ -181,13 +181,16 @@ def _origin(config: FinetuneConfig, task: Task) -> tuple[Tokenizer, ModelConfig]
     choice = None if config.data.tokenizer is None else str(expand(config.data.tokenizer))
     if config.init_from is None:
         tokenizer = _trained(choice, task) if is_bpe(choice) else Tokenizer.load(choice or "bytes")
-        return tokenizer, model_config(config.model or {}, tokenizer)
+        core = model_config(config.model or {}, tokenizer)
+        refuse_int8(core, "the model")
+        return tokenizer, core
     if is_bpe(choice):
         raise ConfigError(
             f"data.tokenizer is {choice!r} and init_from {config.init_from!r}; a checkpoint has its own "
             "tokenizer: data.tokenizer=null takes it"
         )
     core = read_config(config.init_from)
+    refuse_int8(core, f"init_from {config.init_from}")
     own: Tokenizer | None
     try:
         own = load_tokenizer(config.init_from)

@@ -1,0 +1,143 @@
+"""Integer spike counts times int8 weights: exact integer sums, scaled per output channel and group of inputs.
+
+Forms: reference.py (the equation, in integers), eager.py (plain torch). Both give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikelm.errors import ShapeError
+from spikelm.kernels.dispatch import choose
+from spikelm.kernels.int8_linear import eager, reference
+
+__all__ = ["LONGEST", "dequantised", "int8_linear", "integer_sums", "scaled_sums"]
+
+LONGEST = (2**31 - 1) // eager.LARGEST**2
+"""Inputs of a group whose integer sum fits int32: 133143."""
+
+_Form = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.int8_linear, "torch": eager.int8_linear}
+)
+
+
+def int8_linear(counts: Tensor, weight: Tensor, scales: Tensor, group: int | None = None) -> Tensor:
+    """y[o] = sum_j scales[o, j] * (sum over the inputs i of group j of counts[i] * weight[o, i]).
+
+    The integer sums are exact and the groups are added in order, so that a row of counts gives the same bits
+    alone and in any batch, in every form, with any number of threads, on any device.
+
+    Args:
+        counts: [.., D], whole numbers from -127 to 127, of an integer or floating dtype. Larger ones are
+            refused on CPUs; CUDA devices cap them, because a look at the values would stop the queue.
+        weight: int8 [O, D], from -127 to 127.
+        scales: float32 (or float64) [O, ceil(D / group)].
+        group: inputs that share a scale, the last group may be shorter; None for one scale per output.
+
+    Returns:
+        y [.., O] in the dtype of ``scales``, also under autocast. Gradients reach ``counts`` (those of the
+        product with the dequantised weights), the weights have none.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit, or a count beyond 127.
+        KernelError: a back-end that was asked for and is not available.
+    """
+    width = weight.shape[-1]
+    size = width if group is None else group
+    _check(counts, weight, scales, size)
+    form = _FORMS[choose("int8_linear", counts.device)]
+    y: Tensor = _Product.apply(counts, weight, scales, max(size, 1), form)  # type: ignore[no-untyped-call]
+    return y
+
+
+@torch.no_grad()
+def integer_sums(counts: Tensor, weight: Tensor, group: int | None = None) -> Tensor:
+    """The exact inner sums of :func:`int8_linear`, int32 [groups, .., O]; arguments as there.
+
+    For what must be added before scaling: micro-steps of a spike coding, parts of the inputs on ranks.
+    """
+    width = weight.shape[1]
+    size = max(width if group is None else group, 1)
+    with _plain(counts.device):
+        sums = eager.integer_sums(counts.reshape(-1, width), weight, size)
+    return sums.reshape(-1, *counts.shape[:-1], weight.shape[0])
+
+
+@torch.no_grad()
+def scaled_sums(sums: Tensor, scales: Tensor) -> Tensor:
+    """What :func:`int8_linear` makes of its inner sums, with the same bits.
+
+    Args:
+        sums: int32 [groups, .., O].
+        scales: float32 or float64 [O, groups].
+
+    Returns:
+        y [.., O] in the dtype of ``scales``.
+    """
+    y = torch.zeros(sums.shape[1:], dtype=scales.dtype, device=sums.device)
+    for j in range(sums.shape[0]):
+        y += sums[j].to(scales.dtype) * scales[:, j]
+    return y
+
+
+def dequantised(weight: Tensor, scales: Tensor, group: int | None = None) -> Tensor:
+    """The matrix [O, D] that int8 weights and their scales stand for, in the dtype of ``scales``."""
+    width = weight.shape[1]
+    size = width if group is None else group
+    return weight.to(scales.dtype) * scales.repeat_interleave(max(size, 1), 1)[:, :width]
+
+
+class _Product(torch.autograd.Function):
+    """The product without what autograd would keep of it, and outside autocast, which would round it."""
+
+    @staticmethod
+    def forward(ctx: Any, counts: Tensor, weight: Tensor, scales: Tensor, group: int, form: _Form) -> Tensor:
+        ctx.save_for_backward(weight, scales)
+        ctx.group, ctx.dtype = group, counts.dtype
+        rows = counts.reshape(-1, counts.shape[-1])
+        with _plain(counts.device):
+            y = form(rows, weight, scales, group)
+        return y.reshape(*counts.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, scales = ctx.saved_tensors
+        with _plain(grads[0].device):
+            gradient = grads[0].to(scales.dtype) @ dequantised(weight, scales, ctx.group)
+        return gradient.to(ctx.dtype), None, None, None, None
+
+
+def _plain(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast, which would round what is exact."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _check(counts: Tensor, weight: Tensor, scales: Tensor, size: int) -> None:
+    if weight.dtype != torch.int8 or weight.dim() != 2:
+        raise ShapeError(f"int8_linear needs int8 weights [O, D], got {weight.dtype} {list(weight.shape)}")
+    outputs, width = weight.shape
+    if counts.dim() == 0 or counts.shape[-1] != width or counts.dtype in (torch.bool, torch.uint8):
+        raise ShapeError(
+            f"int8_linear needs counts [.., {width}] of a signed dtype, "
+            f"got {counts.dtype} {list(counts.shape)}"
+        )
+    if not (isinstance(size, int) and (size >= 1 or width == 0)) or min(size, width) > LONGEST:
+        raise ShapeError(f"the group size is {size}; expected from 1 to {LONGEST}, whose sums fit int32")
+    groups = -(-width // max(size, 1))
+    if scales.shape != (outputs, groups) or scales.dtype not in (torch.float32, torch.float64):
+        raise ShapeError(
+            f"int8_linear needs scales [{outputs}, {groups}] of float32 or float64, "
+            f"got {scales.dtype} {list(scales.shape)}"
+        )
+    if counts.device.type == "cpu" and counts.numel() and bool((counts.abs() > eager.LARGEST).any()):
+        raise ShapeError(
+            f"int8_linear got a count of magnitude {float(counts.abs().max()):g}; expected at most 127: "
+            "cap the counts (the adaptive neuron does)"
+        )
