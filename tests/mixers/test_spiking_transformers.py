@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,27 +87,66 @@ def test_membrane_shortcut_every_projection_sees_spikes(preset: str) -> None:
     assert all(entry["firing_rate"] > 0.01 for path, entry in neurons.items() if "attention" not in path)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_learn(preset: str) -> None:
-    """The preset with fewer features: far below what bytes without their context can give."""
-    torch.manual_seed(0)
-    model = SpikeLM(ModelConfig.from_yaml(preset, hidden_size=48, num_hidden_layers=2))
-    rows = torch.tensor(list(TEXT * 4)).unfold(0, 65, 13)
-    frequency = torch.bincount(rows.flatten(), minlength=256).float() / rows.numel()
-    unigram = -(frequency * frequency.clamp(min=1e-9).log()).sum()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    losses = []
-    for step in range(60):
-        batch = rows[torch.arange(8) * 3 % len(rows) - step % 5]
-        logits, _ = model(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+def fit(model: SpikeLM, batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]], steps: int) -> list[float]:
+    """Losses of ``steps`` steps on (tokens [B, T], targets [B, T'] of the last T' columns)."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for step in range(steps):
+        ids, targets = batch(step)
+        logits = model(ids)[0][:, -targets.shape[1] :]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_learn(preset: str) -> None:
+    """The preset with fewer features: far below what bytes without their context can give."""
+    torch.manual_seed(0)
+    model = SpikeLM(ModelConfig.from_yaml(preset, hidden_size=48, num_hidden_layers=2))
+    rows = torch.tensor(list(TEXT * 4)).unfold(0, 49, 13)
+    frequency = torch.bincount(rows.flatten(), minlength=256).float() / rows.numel()
+    unigram = -(frequency * frequency.clamp(min=1e-9).log()).sum()
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = rows[(torch.arange(8) * 3 + step) % len(rows)]
+        return chosen[:, :-1], chosen[:, 1:]
+
+    losses = fit(model, batch, 40)
     assert losses[0] == pytest.approx(math.log(256), abs=1.0)
     assert sum(losses[-5:]) / 5 < 0.6 * unigram, (losses[::10], unigram)
+
+
+def recall(rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of four words, 13 to 16 random ones, a question: which of the four was it?"""
+    answer = torch.randint(4, (rows, 1), generator=generator)
+    ids = torch.randint(4, 12, (rows, 17), generator=generator)
+    ids[:, -1] = 12
+    ids.scatter_(1, torch.randint(0, 4, (rows, 1), generator=generator), answer)
+    return ids, answer
+
+
+@pytest.mark.parametrize(
+    ("mixer", "low", "high"),
+    [
+        ({"name": "ssa", "num_heads": 2}, 0.95, 1.0),
+        ({"name": "sdsa"}, 0.5, 1.0),
+        ({"name": "ssa", "num_heads": 2, "scale": 1e-6}, 0.0, 0.35),
+    ],
+)
+def test_the_sum_is_a_memory(mixer: dict[str, Any], low: float, high: float) -> None:
+    """With the attention silenced (third case) membranes alone cannot answer: a quarter is chance."""
+    torch.manual_seed(0)
+    model = SpikeLM(small(mixer, vocab_size=16, num_hidden_layers=1))
+    generator = torch.Generator().manual_seed(1)
+    fit(model, lambda _: recall(32, generator), 100)
+    ids, answer = recall(512, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        guess = model(ids, last_only=True)[0].argmax(-1)
+    assert low <= (guess == answer).float().mean() <= high
 
 
 @pytest.mark.parametrize("name", ["ssa", "sdsa"])
