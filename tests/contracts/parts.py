@@ -34,6 +34,12 @@ NEURONS: dict[str, list[dict[str, Any]]] = {
     "heaviside": [{}, {"threshold": 0.4, "gain": 2.0, "surrogate": "triangle"}],
 }
 MIXERS: dict[str, list[dict[str, Any]]] = {
+    "gated_delta": [
+        {},
+        {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "qk_norm": True, "short_convolution": 3},
+        {"num_heads": 2, "num_kv_heads": 1, "rope": True, "allow_negative": True, "short_convolution": 0},
+        {"head_dim": 2, "output_gate": False, "output_norm": False, "rope": True, "qk_norm": True},
+    ],
     "gla": [
         {},
         {"num_heads": 4, "num_kv_heads": 2, "feature_map": "identity", "qkv_bias": True, "gate_rank": 3},
@@ -57,7 +63,6 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "qkv_bias": True},
         {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "output_gate": True, "output_bias": True},
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4, "partial_rotary_factor": 0.5},
-        {"num_heads": 2, "rope": False},
     ],
     "ssa": [
         {},
@@ -91,10 +96,9 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
     "swa": [
         {"window": 1},
         {"window": 2, "num_heads": 4, "num_kv_heads": 2},
-        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True},
+        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True, "rope": False},
         {"window": 4, "num_heads": 2, "num_kv_heads": 1, "qk_norm": True, "output_gate": True},
         {"window": 20, "num_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"window": 3, "num_heads": 2, "rope": False},
     ],
 }
 CHANNELS: dict[str, list[dict[str, Any]]] = {
