@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from spikelm.block import Block
 
+LENGTHS = (1_000, 100_000, 1_000_000)
+"""Lengths of a text, in tokens, at which the size of its state is told."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -47,12 +50,14 @@ class Inspection:
         name: preset, file or folder that was given.
         config: the model's configuration.
         parameters: number of them, tied ones once, int8 weights included.
+        active_parameters: those that one token uses: of routed experts only top_k count.
         parameters_by_kind: embedding, mixer, channel, norm, neuron, head.
         weight_bytes: memory of the weights as built: 4 bytes each, 1 and their scales where they are int8.
         neurons: place -> neuron and its options, as text.
         state_bytes: bytes of one sequence's state, float32; for models that grow, without what grows.
         state_bytes_by_kind: the same, by what is remembered.
         growth_bytes: further bytes of state per token (0: memory is constant).
+        state_bytes_at: tokens of a text -> bytes of its state, for LENGTHS.
         layers: every block.
         weights: file size and dtypes of a checkpoint's weights; None for a bare configuration.
     """
@@ -60,12 +65,14 @@ class Inspection:
     name: str
     config: ModelConfig
     parameters: int
+    active_parameters: int
     parameters_by_kind: Mapping[str, int]
     weight_bytes: int
     neurons: Mapping[str, str]
     state_bytes: int
     state_bytes_by_kind: Mapping[str, int]
     growth_bytes: int
+    state_bytes_at: Mapping[int, int]
     layers: tuple[Layer, ...]
     weights: Mapping[str, Any] | None
 
@@ -74,11 +81,13 @@ class Inspection:
         return {
             "name": self.name,
             "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "parameters_by_kind": dict(self.parameters_by_kind),
             "weight_bytes": self.weight_bytes,
             "state_bytes": self.state_bytes,
             "state_bytes_by_kind": dict(self.state_bytes_by_kind),
             "growth_bytes_per_token": self.growth_bytes,
+            "state_bytes_at": {str(length): size for length, size in self.state_bytes_at.items()},
             "placement": self.config.placement,
             "neurons": dict(self.neurons),
             "layers": [
@@ -122,6 +131,7 @@ def inspect_config(
     import torch
 
     from spikelm.block import Block
+    from spikelm.channels.experts import active_parameters
     from spikelm.model import SpikeLM
     from spikelm.state import flatten, state_bytes
 
@@ -147,12 +157,14 @@ def inspect_config(
         name=name,
         config=config,
         parameters=model.num_parameters(),
+        active_parameters=active_parameters(model),
         parameters_by_kind=by_kind,
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
         neurons=_neurons(config),
         state_bytes=state_bytes(state) - growth,
         state_bytes_by_kind=memory,
         growth_bytes=growth,
+        state_bytes_at={length: state_bytes(model.empty_state(1, max_len=length)) for length in LENGTHS},
         layers=layers,
         weights=weights,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spikelm.build import Build
 from spikelm.errors import ConfigError, nearest
+from spikelm.norms import behind_spikes
 from spikelm.recurrence import Context, Part
 from spikelm.registry import channels
 from spikelm.state import State
@@ -52,7 +53,7 @@ class MLP(Part):
         self.activation = activation
         # The norm looks at all hidden features, so that only an mlp without it can be split.
         self.up = build.projection("up", D, hidden, shard=None if norm else "column")
-        self.up_norm = build.norm(hidden) if norm else nn.Identity()
+        self.up_norm = behind_spikes(build.norm(hidden)) if norm else nn.Identity()
         self.down = build.projection("down", hidden, D, shard=None if norm else "row")
 
     def init_state(

@@ -36,6 +36,7 @@ from spikelm.errors import ConfigError
 from spikelm.heads import resolve_heads
 from spikelm.kernels.gla import gla
 from spikelm.neurons.base import Neuron, build_neuron
+from spikelm.norms import behind_spikes
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
 from spikelm.state import State
 
@@ -100,7 +101,7 @@ class SpikingAttention(Part):
         for name in self.inputs:
             # No shard: the norm and the neurons look at all heads.
             self.add_module(name, build.projection(name, D, width))
-            self.add_module(f"{name}_norm", build.norm(width) if norm else nn.Identity())
+            self.add_module(f"{name}_norm", behind_spikes(build.norm(width)) if norm else nn.Identity())
         spiking = cast(Neuron, self.get_submodule(f"{self.inputs[0]}.neuron")).spiking
         for name in self.inputs:
             self.add_module(f"{name}_neuron", self._binary(neuron, NEURON if spiking else None, width))

@@ -34,6 +34,12 @@ NEURONS: dict[str, list[dict[str, Any]]] = {
     "heaviside": [{}, {"threshold": 0.4, "gain": 2.0, "surrogate": "triangle"}],
 }
 MIXERS: dict[str, list[dict[str, Any]]] = {
+    "gated_delta": [
+        {},
+        {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "qk_norm": True, "short_convolution": 3},
+        {"num_heads": 2, "num_kv_heads": 1, "rope": True, "allow_negative": True, "short_convolution": 0},
+        {"head_dim": 2, "output_gate": False, "output_norm": False, "rope": True, "qk_norm": True},
+    ],
     "gla": [
         {},
         {"num_heads": 4, "num_kv_heads": 2, "feature_map": "identity", "qkv_bias": True, "gate_rank": 3},

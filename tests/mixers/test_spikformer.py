@@ -37,7 +37,7 @@ def build(name: str, *, width: int = D, **options: Any) -> Any:
     return mixer
 
 
-def text(rows: int = 2, steps: int = 37, width: int = D) -> Tensor:
+def text(rows: int = 2, steps: int = 21, width: int = D) -> Tensor:
     return torch.randn(rows, steps, width, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
 
@@ -63,7 +63,7 @@ def fired(mixer: SpikingAttention, x: Tensor, name: str) -> Tensor:
     weight = mixer.get_submodule(f"{name}.linear").weight
     norm = mixer.get_submodule(f"{name}_norm")
     y = x @ weight.T
-    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt()
     y = y * norm.weight + norm.bias
     return (y >= HEAVISIDE["threshold"]).unflatten(-1, (HEADS, DIM))
 
@@ -183,26 +183,26 @@ def test_documents_and_padding_of_an_encoder_are_apart() -> None:
 
 @pytest.mark.parametrize("name", ["ssa", "sdsa"])
 def test_counts_are_exact_below_2_to_the_24_and_stop_there(name: str) -> None:
-    """Float32 holds every integer below 2**24; one more token changes nothing there, and float64 goes on."""
+    """Float32 holds every integer to 2**24; there one more token changes nothing, and float64 goes on."""
     limit = 2**24
     for dtype, exact in ((torch.float32, False), (torch.float64, True)):
         mixer = build(name, mean=False).to(dtype)
         with heard(mixer, "key_neuron", "value_neuron") as seen:
             state = mixer.init_state(1, dtype=dtype)
-            state["memory"] += limit - 100
-            x = text(1, 400).to(dtype)
-            _, whole = mixer(x[:, :60], state)
+            state["memory"] += limit - 40
+            x = text(1, 240).to(dtype)
+            _, whole = mixer(x[:, :40], state)
             both = (seen["key_neuron"] * seen["value_neuron"]).sum(1) if name == "sdsa" else None
             pieces = state
-            for t in range(60):
+            for t in range(40):
                 _, pieces = mixer(x[:, t], pieces)
             assert torch.equal(
                 whole["memory"], pieces["memory"]
             )  # chunked == token by token, to the last count
             if both is not None:
-                assert torch.equal(whole["memory"].flatten(), limit - 100 + both.flatten())
+                assert torch.equal(whole["memory"].flatten(), limit - 40 + both.flatten())
             _, end = mixer(x, state)
-            for t in range(60, 400):
+            for t in range(40, 240):
                 _, pieces = mixer(x[:, t], pieces)
         assert bool((pieces["memory"] > limit).any()) == exact
         assert torch.equal(end["memory"], pieces["memory"]) == exact
@@ -254,7 +254,7 @@ def test_the_mean_keeps_its_size_over_a_text(name: str, decay: str | None) -> No
 
 def test_gradients_reach_everything() -> None:
     for name in ("ssa", "sdsa"):
-        mixer = build(name, decay="learned", token_shift=True, neuron={"name": "plif"})
+        mixer = build(name, decay="learned", token_shift=True, neuron={"name": "plif", "threshold": 0.3})
         mixer(text())[0].square().sum().backward()
         for path, parameter in mixer.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, path
