@@ -35,6 +35,7 @@ MOE = {
     "mixer": {"name": "gla_tied", **HEADS},
     "channel": {"name": "moe", "hidden": 32, "experts": 4, "top_k": 2, "shared": 1},
 }
+DELTA = {"mixer": {"name": "gated_delta", **HEADS}, "channel": SWIGLU}
 RWKV = {"mixer": {"name": "wkv4"}, "channel": {"name": "rwkv"}}
 
 
@@ -179,17 +180,16 @@ def main(out: str) -> None:
     dist.init_process_group("gloo")
     hybrid = [GLA, SWA, FULL, MOE, RWKV]
     found = {
-        "hybrid": floats(hybrid),
+        "hybrid": floats([*hybrid, DELTA]),
         "plif": floats([GLA, RWKV], neuron={"name": "plif", "gain": 2.0}),
         "twin": floats(hybrid, neuron={"name": "none"}),
         "naive": naive([GLA, SWA]),
         "swiglu": swiglu_alone(True),
         "swiglu int8": swiglu_alone(False),
-        "int8": {
-            str(i): integers([layer], None, True) for i, layer in enumerate([GLA, SWA, FULL, MOE, RWKV])
-        },
+        "int8": {str(i): integers([layer], None, True) for i, layer in enumerate(hybrid)},
         "int8 hybrid": integers(hybrid, None, True),
         "int8 sums": integers(hybrid, None, False),
+        "int8 delta": integers([DELTA], None, True),
         "int8 groups": integers([GLA, RWKV], 16, False),
         "int8 weight-only": integers([GLA, RWKV], None, False, neuron={"name": "none"}),
         "refusals": refusals(),

@@ -76,7 +76,8 @@ def test_int8_per_channel_has_the_bits_of_the_whole_model(found: dict[str, Any])
 
 
 def test_int8_otherwise_differs_by_rounding(found: dict[str, Any]) -> None:
-    for name in ("int8 sums", "int8 groups", "int8 weight-only"):
+    # gated_delta solves a triangular system for all heads at once: rounding depends on how many.
+    for name in ("int8 delta", "int8 sums", "int8 groups", "int8 weight-only"):
         assert found[name]["far"] < 1e-4, name
 
 
