@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spikelm.channels import moe, rwkv, swiglu
+from spikelm.channels import mlp, moe, rwkv, swiglu
 
-__all__ = ["moe", "rwkv", "swiglu"]
+__all__ = ["mlp", "moe", "rwkv", "swiglu"]

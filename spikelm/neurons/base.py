@@ -63,6 +63,8 @@ class Neuron(Part):
 
     spiking: ClassVar[bool] = True
     """Whether the output consists of spikes (binary or integer); false only for ``none``."""
+    binary: ClassVar[bool] = False
+    """Whether every spike is 0 or 1."""
 
     def __init__(self, features: int, *, rate_target: Mapping[str, Any] | None = None) -> None:
         """Store the size and parse the rate target."""

@@ -7,7 +7,7 @@ State: none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class Heaviside(Neuron):
         alpha: sharpness of the surrogate.
         rate_target: see :class:`spikelm.neurons.base.RateTarget`.
     """
+
+    binary: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class IntegrateAndFire(Neuron):
         alpha: sharpness of the surrogate.
         rate_target: see :class:`spikelm.neurons.base.RateTarget`.
     """
+
+    binary: ClassVar[bool] = True
 
     def __init__(
         self,
