@@ -1,9 +1,9 @@
 """Sigmoid and silu that give the same bits wherever an element stands.
 
 torch's own compute the last few elements of a tensor (and of each thread's share of it) in another way than
-the rest, so that a value may differ in its last bit with the batch it is in. ``exp`` does not, nor do division
-and addition. Where a gradient is asked for torch's forms are used, which keep less for backward: bit equality
-is a promise of inference.
+the rest, so that a value may differ in its last bit with the batch it is in. ``exp`` does not, and neither do
+division and addition. Where a gradient is asked for torch's forms are used, which keep less for backward: bit
+equality is a promise of inference.
 """
 
 from __future__ import annotations
