@@ -5,7 +5,7 @@ Back-ends:
     torch: the fastest form in plain torch, any device, no compiler needed.
     c: plain C for CPUs, compiled once (see compile.py).
     triton: GPU kernels. No op has one yet.
-    auto: ``c`` for CPU tensors where a compiler is found, else ``torch``.
+    auto: ``c`` for CPU tensors where the op has a C form and a compiler is found, else ``torch``.
 
 The choice is ``with use_backend("reference")`` if given, else the environment variable SPIKELM_KERNELS, else
 auto. An explicit choice that is unavailable raises :class:`KernelError`; it is never silently replaced. Auto
@@ -36,6 +36,7 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
+        "gated_delta": ("reference", "torch"),
         "gla": ("reference", "torch"),
         "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c"),
@@ -120,6 +121,8 @@ def _known(name: str) -> str:
 def _automatic(op: str, device_type: str) -> str:
     if device_type != "cpu":
         chosen, reason = "torch", f"no {device_type} kernel of it exists yet"
+    elif "c" not in OPS[op]:
+        chosen, reason = "torch", "no C kernel of it exists yet"
     else:
         problem = _problem(op, "c", device_type)
         if problem is not None and "c" in OPS[op]:

@@ -9,8 +9,11 @@ Heads are grouped: query head h reads key and value head h // (H / G), which are
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
 
 BLOCK = 256
@@ -59,19 +62,20 @@ def attend(
     if past == 0 and max(latest) == 0 and pinned is None:
         return _product(q, keys, values, causal=True)
     alike = earliest == latest
+    starts = range(0, T, BLOCK)
+    bounds = [(min(earliest[start : start + BLOCK]), min(past + start + BLOCK, past + T)) for start in starts]
     outputs = []
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
-        low, high = min(earliest[start:stop]), past + stop
+    for start, query, k, v, (low, high) in zip(
+        starts, q.split(BLOCK, 1), _runs(keys, bounds), _runs(values, bounds), bounds, strict=True
+    ):
+        own = past + torch.arange(start, start + query.shape[1], device=q.device)
         column = torch.arange(low, high, device=q.device)
-        newest = torch.arange(past + start, high, device=q.device)
-        begin = first[:1, start:stop] if alike else first[:, start:stop]
-        seen = (column >= begin[..., None]) & (column <= newest[:, None])
-        k, v = keys[:, low:high], values[:, low:high]
+        begin = (first[:1] if alike else first)[:, start : start + BLOCK]
+        seen = (column >= begin[..., None]) & (column <= own[:, None])
         if pinned is not None:
             k, v = torch.cat([pinned[0], k], 1), torch.cat([pinned[1], v], 1)
             seen = torch.cat([seen.new_ones(*seen.shape[:2], pinned[0].shape[1]), seen], 2)
-        outputs.append(_product(q[:, start:stop], k, v, seen=seen[:, None]))
+        outputs.append(_product(query, k, v, seen=seen[:, None]))
     return torch.cat(outputs, 1)
 
 
@@ -93,3 +97,29 @@ def _product(
         enable_gqa=grouped,
     )
     return y.transpose(1, 2)
+
+
+class _Runs(torch.autograd.Function):
+    """Overlapping runs of columns, whose gradients are summed in one pass.
+
+    The gradient of a plain slice is as long as what it was cut from: of T / BLOCK slices, O(T^2) in all.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, bounds: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """Columns low to high of x [B, S, ...] for every pair of bounds."""
+        ctx.shape, ctx.bounds = x.shape, bounds  # type: ignore[attr-defined]
+        return tuple(x[:, low:high] for low, high in bounds)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Every run's gradient added where it came from."""
+        total = gradients[0].new_zeros(ctx.shape)
+        for (low, high), gradient in zip(ctx.bounds, gradients, strict=True):
+            total[:, low:high] += gradient
+        return total, None
+
+
+def _runs(x: Tensor, bounds: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    runs: tuple[Tensor, ...] = _Runs.apply(x, bounds)  # type: ignore[no-untyped-call]
+    return runs

@@ -45,6 +45,7 @@ class Inspection:
         name: preset, file or folder that was given.
         config: the model's configuration.
         parameters: number of them, tied ones once.
+        active_parameters: those that one token uses: of routed experts only top_k count.
         parameters_by_kind: embedding, mixer, channel, norm, neuron, head.
         neurons: place -> neuron and its options, as text.
         state_bytes: bytes of one sequence's state, float32; for models that grow, without what grows.
@@ -57,6 +58,7 @@ class Inspection:
     name: str
     config: ModelConfig
     parameters: int
+    active_parameters: int
     parameters_by_kind: Mapping[str, int]
     neurons: Mapping[str, str]
     state_bytes: int
@@ -70,6 +72,7 @@ class Inspection:
         return {
             "name": self.name,
             "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "parameters_by_kind": dict(self.parameters_by_kind),
             "state_bytes": self.state_bytes,
             "state_bytes_by_kind": dict(self.state_bytes_by_kind),
@@ -117,6 +120,7 @@ def inspect_config(
     import torch
 
     from spikelm.block import Block
+    from spikelm.channels.experts import active_parameters
     from spikelm.model import SpikeLM
     from spikelm.state import flatten, state_bytes
 
@@ -141,6 +145,7 @@ def inspect_config(
         name=name,
         config=config,
         parameters=model.num_parameters(),
+        active_parameters=active_parameters(model),
         parameters_by_kind=by_kind,
         neurons=_neurons(config),
         state_bytes=state_bytes(state) - growth,

@@ -117,14 +117,18 @@ class Meter:
             ``projections``: path -> {spiking, in_features, out_features, tokens, firing_rate (share of inputs
             that are not zero), silent, mean_count (mean |x|), at_cap (share of inputs at the cap), clipped
             (share of inputs whose count the cap cut off), never_fired (share of channels)}; ``total``:
-            firing_rate, silent and mean_count weighted by multiply-accumulates, ``spiking_share`` (share of
-            multiply-accumulates whose input is spikes) and ``dense_macs`` per token; ``neurons``: path ->
+            firing_rate, silent and mean_count weighted by the multiply-accumulates that were done,
+            ``spiking_share`` (share of those whose input is spikes) and ``dense_macs`` per token of the
+            model: a projection that sees a part of the tokens only (an expert, a head that is asked for the
+            last token) counts with that part; ``neurons``: path ->
             {features, tokens, firing_rate, silent, mean_count, never_fired} of spiking neurons outside
             projections.
         """
         neurons: dict[str, dict[str, Any]] = {}
         projections: dict[str, dict[str, Any]] = {}
         macs = silent = mean = spiking = 0.0
+        inside = [entry.tokens for path, entry in self.counts.items() if path not in self.outside]
+        most = max((float(tokens) for tokens in inside), default=0.0)
         for path, entry in self.counts.items():
             tokens = float(entry.tokens)
             inputs = max(tokens * entry.in_features, 1.0)
@@ -147,7 +151,7 @@ class Meter:
                 "at_cap": float(entry.at_cap) / inputs,
                 "clipped": float(entry.clipped) / inputs,
             }
-            weight = float(entry.in_features * entry.out_features)
+            weight = entry.in_features * entry.out_features * (tokens / most if most else 0.0)
             macs += weight
             silent += weight * (1.0 - rate)
             if entry.spiking:

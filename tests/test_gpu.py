@@ -21,6 +21,16 @@ MODELS = {
             for name in ("gla", "gla_tied")
         ],
     },
+    "softmax": {
+        "neuron": {"name": "adaptive", "dead_zone": 1.0},
+        "layers": [
+            {
+                "mixer": {"name": "swa", "window": 5, "num_heads": 4, "num_kv_heads": 2},
+                "channel": {"name": "rwkv"},
+            },
+            {"mixer": {"name": "attention", "num_heads": 4, "num_kv_heads": 2}, "channel": {"name": "rwkv"}},
+        ],
+    },
     "published": {"placement": "after", "neuron": {"name": "lif"}, "embedding_neuron": {"name": "heaviside"}},
 }
 
@@ -44,7 +54,7 @@ def test_same_logits_state_and_gradients(options: dict[str, object], device: str
         assert ctx.reset is not None and ctx.valid is not None
         here = Context(reset=ctx.reset.to(place), valid=ctx.valid.to(place))
         logits, state = model(tokens.to(place), ctx=here)
-        step, _ = model(tokens[:, 0].to(place), state)
+        step, _ = model(tokens[:, 0].to(place), model.reserve(state, tokens.shape[1] + 1))
         (logits.square().sum() + step.square().sum()).backward()
         gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
         flat = {name: value.detach().cpu() for name, value in states.flatten(state).items()}

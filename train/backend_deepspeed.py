@@ -187,7 +187,7 @@ class DeepSpeedBackend(Backend):
     def restore(self, read: Read) -> None:
         """Every rank reads everything once and keeps its part."""
         self.clear_gradients()
-        trained = dict(self._parameters)
+        trained, buffers = dict(self._parameters), dict(self.model.named_buffers())
         values = {name: read(MODEL + name) for name in model_tensors(self.model)}
         found = {name: value for name, value in values.items() if value is not None}
         if self.model.config.tie_word_embeddings and "embedding.weight" in found:
@@ -196,6 +196,8 @@ class DeepSpeedBackend(Backend):
         for name, value in found.items():
             if name in trained:
                 self._set_weight(trained[name], value)
+            elif name in buffers:  # whole on every rank, under every stage
+                buffers[name].copy_(value)
         first = self._parameters[0][0]
         if read(f"{OPTIMIZER}0/{first}/step") is None:
             return

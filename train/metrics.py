@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spikelm.meter import Meter
 from spikelm.train.backend import Backend
 from spikelm.train.evaluation import bits_per_byte, combine
+from spikelm.train.experts import add_loads, shares
 from spikelm.train.log import RunLog
 from spikelm.train.memory import largest, memory
 from spikelm.train.reporting import Bar
@@ -82,6 +83,7 @@ class Metrics:
         state.nats += outcome.nats
         state.aux += outcome.aux
         state.count += outcome.count
+        add_loads(state.loads, outcome.loads)
         state.nbytes += outcome.nbytes
         state.interval += 1
         state.clipped += norm is not None and norm > config.optim.clip > 0.0
@@ -132,8 +134,10 @@ class Metrics:
                 "seconds": round(state.seconds, 3),
                 "memory": used,
                 **spikes,
+                **({"experts": shares(state.loads)} if state.loads else {}),
             },
         )
+        state.loads = {}
         state.nats, state.aux, state.count, state.nbytes = 0.0, 0.0, 0, 0
         state.interval, state.clipped = 0, 0
         self.restart()

@@ -212,13 +212,16 @@ def _core(
 
 
 def _count(core: ModelConfig, with_head: bool = True) -> tuple[int, int]:
-    """Parameters, and weights of all matrix products (a tied head's included)."""
+    """Parameters, and weights of all matrix products of a token (a tied head's included)."""
     import torch
     from torch import nn
 
+    from spikelm.channels.experts import routed_shares
     from spikelm.model import SpikeLM
 
     with torch.device("meta"):
         model = SpikeLM(core, with_head=with_head)
+    shares = routed_shares(model)
     matrices = (module for module in model.modules() if isinstance(module, nn.Linear))
-    return model.num_parameters(), sum(m.in_features * m.out_features for m in matrices)
+    weights = sum(m.in_features * m.out_features * shares.get(m, 1.0) for m in matrices)
+    return model.num_parameters(), round(weights)

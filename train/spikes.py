@@ -9,6 +9,7 @@ from typing import Any
 SILENT = 0.999
 SATURATED = 0.95
 _LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_EXPERT = re.compile(r"(\.experts\.)\d+(\.)")
 
 
 def spike_rate(summary: Mapping[str, Any]) -> float | None:
@@ -20,7 +21,7 @@ def spike_rate(summary: Mapping[str, Any]) -> float | None:
     macs = fired = 0.0
     for entry in summary["projections"].values():
         if entry["spiking"]:
-            weight = float(entry["in_features"] * entry["out_features"])
+            weight = float(entry["in_features"] * entry["out_features"] * entry["tokens"])
             macs += weight
             fired += weight * float(entry["firing_rate"])
     if macs:
@@ -36,6 +37,8 @@ FIGURES = ("firing_rate", "silent", "mean_count", "at_cap", "never_fired")
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Totals, and the same figures per layer and per spiking projection or neuron.
+
+    The experts of a mixture are put together: ``blocks.0.channel.experts.*.up`` stands for all of them.
 
     Returns:
         ``spike_rate`` (:func:`spike_rate`); ``silent``: share of zero inputs, over all projections;
@@ -55,7 +58,8 @@ def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
         **{key: total[key] if total else None for key in ("mean_count", "at_cap", "never_fired")},
         "layers": {index: together(layers[index].values()) for index in sorted(layers, key=int)},
         "projections": {
-            path: {key: _figure(entry, key) for key in FIGURES} for path, entry in entries.items()
+            path: together(found) if "*" in path else {key: _figure(found[0], key) for key in FIGURES}
+            for path, found in _by_kind(entries).items()
         },
     }
 
@@ -63,20 +67,29 @@ def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
 def together(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """:data:`FIGURES` of several projections or neurons.
 
-    Where one of them is a projection, only projections count, weighted by their multiply-accumulates;
-    otherwise neurons, by their channels. Never-fired channels are weighted by channels. Empty without any.
+    Where one of them is a projection, only projections count, weighted by the multiply-accumulates they did;
+    otherwise neurons, by their channels. Never-fired channels are weighted by channels. An expert that saw
+    no token counts nowhere. Empty without any.
     """
-    entries = list(entries)
+    entries = [entry for entry in entries if entry["tokens"]]
     projections = [entry for entry in entries if "out_features" in entry]
     found: dict[str, float] = {}
     counted = projections or entries
     for key in FIGURES if counted else ():
         weights = [
-            _channels(e) * (1 if key == "never_fired" or not projections else e["out_features"])
+            _channels(e) * (1 if key == "never_fired" or not projections else e["out_features"] * e["tokens"])
             for e in counted
         ]
         share = sum(w * float(e.get(key, 0.0)) for w, e in zip(weights, counted, strict=True)) / sum(weights)
         found[key] = round(share, 6)
+    return found
+
+
+def _by_kind(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Entries by path, with those of a mixture's experts under one."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for path, entry in entries.items():
+        found.setdefault(_EXPERT.sub(r"\1*\2", path), []).append(entry)
     return found
 
 
@@ -110,6 +123,8 @@ class SpikeWarnings:
         """Warnings that this reading adds."""
         found = []
         for path, entry in _spiking(summary):
+            if not entry["tokens"]:  # an expert that no token was sent to
+                continue
             rate, silent = float(entry["firing_rate"]), float(entry["silent"])
             binary = abs(float(entry["mean_count"]) - rate) < 1e-9
             cases = {

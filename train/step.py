@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from spikelm.recurrence import Context
 from spikelm.state import State
 from spikelm.train.backend import Backend
 from spikelm.train.batches import MicroBatch, pieces
+from spikelm.train.experts import balance
 from spikelm.train.optim import StepReport
 from spikelm.train.prefetch import Prefetch
 from spikelm.train.schedule import learning_rate
@@ -60,6 +61,8 @@ class StepOutcome:
         seconds: time of this rank.
         report: of the optimiser; None when the loss was not finite.
         bad: why no update was made, or None.
+        loads: path of each mixture of experts -> tokens of the whole step that went to each expert (of a
+            step that was taken).
         data_seconds: part of ``seconds`` in which this rank waited for its samples.
     """
 
@@ -71,6 +74,7 @@ class StepOutcome:
     report: StepReport | None
     bad: BadStep | None
     data_seconds: float = 0.0
+    loads: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class StepRunner:
@@ -122,6 +126,7 @@ class StepRunner:
         nats = torch.zeros((), dtype=torch.float64, device=backend.device)
         aux = torch.zeros((), dtype=torch.float64, device=backend.device)
         lanes: dict[int, State] = {}
+        loads: dict[str, Tensor] = {}
         for index, on_host in enumerate(batches):
             batch = on_host.to(backend.device)
             last_one = index == len(batches) - 1
@@ -131,6 +136,7 @@ class StepRunner:
                 meter=meter if index == 0 else None,
                 losses=[],
                 step=step,
+                loads=loads,
             )
             lane = batch.first - first
             state = self._lanes.get(lane) if self._carried else None
@@ -160,8 +166,10 @@ class StepRunner:
         self._fresh = False
         summed = ranks.totals(float(nats), float(aux))
         bad = None if report.applied else self._bad_gradient(report, batches, first)
+        routed: dict[str, list[int]] = {}
         if bad is None:
             self._lanes = lanes
+            routed = balance(backend.model, loads, ranks)
         return StepOutcome(
             nats=summed[0],
             aux=summed[1],
@@ -171,6 +179,7 @@ class StepRunner:
             report=report,
             bad=bad,
             data_seconds=waited,
+            loads=routed,
         )
 
     def pass_over(self) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from spikelm.channels.experts import routed_shares
+
 SIZES = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
 BUDGET = 0.4
 """Seconds that the search for a peak may take (more only where the smallest product takes longer)."""
@@ -46,16 +48,20 @@ def model_flops(model: nn.Module) -> int:
     weights costs 2 x in x out FLOPs in the forward pass (two per multiply-accumulate), as many for the
     gradient of its input and, where it is trained, as many for the gradient of its weights: 6 x in x out.
 
+    Of the routed experts of a mixture those that a token visits are counted, top_k of them.
+
     Not counted: recurrent and elementwise work (WKV, neurons, norms, softmax), embedding lookups (no
     product), the optimiser, and what activation checkpointing computes a second time (so checkpointing lowers
     MFU). Products are counted in full though most spikes are zero: this says how busy the machine is, not
     what spikes could save.
     """
-    matrices = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return sum(
-        (6 if matrix.weight.requires_grad else 4) * matrix.in_features * matrix.out_features
-        for matrix in matrices
-    )
+    visited = 0.0
+    shares = routed_shares(model)
+    for matrix in model.modules():
+        if isinstance(matrix, nn.Linear):
+            flops = (6 if matrix.weight.requires_grad else 4) * matrix.in_features * matrix.out_features
+            visited += flops * shares.get(matrix, 1.0)
+    return round(visited)
 
 
 def gemm_peak(device: torch.device, precision: str) -> Peak:

@@ -243,6 +243,8 @@ def curves(event: str, values: Mapping[str, Any]) -> dict[str, float | str]:
             found |= {f"layer_{int(index):02d}/{key}": value for key, value in layer.items()}
         for path, entry in values.get("projections", {}).items():
             found[f"projections/{path}"] = entry["firing_rate"]
+        for path, entry in values.get("experts", {}).items():
+            found |= {f"moe/{path}/{key}": entry[key] for key in ("max_share", "min_share", "entropy")}
     elif event == "evaluation":
         found = {f"held_out/{key}": values.get(key) for key in _HELD_OUT}
     elif event in ("loss_spike", "bad_step"):

@@ -49,6 +49,7 @@ class Progress:
         seconds: time spent in training steps, over all resumes.
         nats, count, nbytes, aux: sums since the last log line (nats, counted tokens, their UTF-8 bytes,
             auxiliary losses), so that a resumed run logs the same means.
+        loads: path of each mixture of experts -> tokens per expert since the last log line.
         interval, clipped: steps since the last log line, and those whose gradient was clipped.
         recent: what the detector of loss spikes remembers (:class:`spikelm.train.loss_spikes.Recent`).
         evaluated: step of the last evaluation (-1: none).
@@ -70,6 +71,7 @@ class Progress:
     count: int = 0
     nbytes: int = 0
     aux: float = 0.0
+    loads: dict[str, list[int]] = field(default_factory=dict)
     interval: int = 0
     clipped: int = 0
     recent: dict[str, Any] = field(default_factory=dict)

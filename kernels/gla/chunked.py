@@ -1,28 +1,19 @@
 """Gated linear attention in plain torch: matrix products within chunks, a short loop over the chunks.
 
-Within a chunk token i sees token j <= i with weight sum_c q_ic k_jc P_ijc, where P_ij is the product of the
-decays exp(g) of the tokens j + 1 to i. P cannot be written as a quotient of products from the start of the
-chunk: those underflow, and are zero for a closed gate. So a chunk is built by doubling. Two neighbouring
-blocks become one; a query of the right block carries the product of the decays from its block's start to
-itself, a key of the left block that of the decays after itself to its block's end, and one matrix product of
-the two gives all weights between them. Every factor is a product of numbers between 0 and 1: nothing
-overflows, no large numbers cancel, any gate from 0 to -inf is exact, in gradients too. log2(64) such rounds
-cost as much as the one product that gates of a single number per head need. A reset is a decay of zero.
-
-Gradients are autograd's. The rounds are computed again in backward, so that what is kept is the inputs, the
-weights [B, T, H, 64] and one state per chunk. Equations and masks as in reference.py; the block decomposition
-is the one of the paper's section 4.3, taken to its end.
+The chunks are of 64 tokens. Within a chunk the weights of the tokens for each other are formed first (see
+doubling.py, exact for any gate from 0 to -inf), then the outputs; what a chunk leaves behind is added to a
+state that decays from chunk to chunk. A reset is a decay of zero. Gates of a single number per head factor
+out of the products. Training keeps the inputs, the weights [B, T, H, 64] and one state per chunk. Equations
+and masks as in reference.py; the decomposition is the one of the paper's section 4.
 """
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from spikelm.kernels.gla import reference
+from spikelm.kernels.gla.doubling import doubled
 
 LONGEST_CHUNK = 64
 
@@ -85,43 +76,16 @@ def _weights(q: Tensor, k: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor
         the chunk's start to it, and of those after it to the chunk's end, in the shape of ``decay``.
     """
     if decay is not None and decay.shape[-1] == k.shape[-1] > 1:
-        if not torch.is_grad_enabled():
-            return _double(q, k, decay)
-        again = checkpoint(_double, q, k, decay, use_reentrant=False, preserve_rng_state=False)
-        return cast("tuple[Tensor, Tensor, Tensor]", again)
+        weights, since, until = doubled(q, k, decay)
+        return weights.flatten(3, 4), since, until
     length = k.shape[-2]
     weights = (q.flatten(3, 4) @ k.mT).unflatten(3, (length, -1))
     if decay is None:
         causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         return weights.masked_fill(~causal[:, None], 0.0).flatten(3, 4), None, None
     one = torch.ones_like(decay)
-    between, since, until = _double(one[..., None, :], one, decay)
-    return (weights * between[..., :, None, :]).flatten(3, 4), since, until
-
-
-def _double(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights, by joining blocks of 1, 2, 4, ... tokens; see :func:`_weights`."""
-    since, until = decay[..., None, :], torch.ones_like(decay)[..., None, :]  # [.., blocks, tokens, K]
-    weights = (q * k[..., None, :]).sum(-1, keepdim=True)  # [.., blocks, tokens n, tokens]
-    while since.shape[-3] > 1:
-        size = since.shape[-2]
-        right = q.unflatten(3, (-1, 2, size))[:, :, :, :, 1]
-        left = k.unflatten(3, (-1, 2, size))[:, :, :, :, 0]
-        (since_left, since_right), (until_left, until_right) = _pairs(since), _pairs(until)
-        across = (right * since_right[..., None, :]).flatten(4, 5) @ (left * until_left).mT
-        upper, lower = _pairs(weights)
-        weights = torch.cat(
-            [torch.cat([upper, torch.zeros_like(upper)], -1), torch.cat([across, lower], -1)], -2
-        )
-        until = torch.cat([until_left * since_right[..., -1:, :], until_right], -2)
-        since = torch.cat([since_left, since_right * since_left[..., -1:, :]], -2)
-    return weights.squeeze(3), since.squeeze(3), until.squeeze(3)
-
-
-def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The left and the right ones of neighbouring blocks, x [B, G, N, blocks, ...]."""
-    left, right = x.unflatten(3, (-1, 2)).unbind(4)
-    return left, right
+    between, since, until = doubled(one[..., None, :], one, decay)
+    return (weights * between).flatten(3, 4), since, until
 
 
 def _across_chunks(entering: Tensor, passed: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:

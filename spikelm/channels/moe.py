@@ -1,10 +1,10 @@
 """``moe``: a mixture of SwiGLU experts, k of which compute a token (dropless), beside shared ones.
 
 s = softmax or sigmoid of W_r x; the k experts with the largest s + b are chosen;
-y = sum_i shared_i(x) + scale * sum_{chosen i} w_i expert_i(x), w = s of the chosen, divided by their sum where
-``normalise_weights`` says so. The bias b is zero unless ``loss_free_bias`` is set (arXiv 2408.15664): it
-steers the choice, never the weights, and after every training step moves by the rate towards experts that got
-less than their share, b_i += rate * sign(mean load - load_i). Sources of the rest: see ``routing.py``.
+y = sum_i shared_i(x) + scale * sum_{chosen i} w_i expert_i(x), w = s of the chosen, divided by their sum
+where ``normalise_weights`` says so. The bias b is zero unless ``loss_free_bias`` is set (arXiv 2408.15664):
+it steers the choice, never the weights, and after every training step moves by the rate towards experts that
+got less than their share, b_i += rate * sign(mean load - load_i). Sources of the rest: see ``routing.py``.
 
 Every token is computed by all of its k experts: there is no capacity, so a token's result does not depend on
 the others. Tokens that are not valid go nowhere and are in no loss and no load. The balance and z losses are
@@ -95,7 +95,11 @@ class MoE(Part):
             if value < 0:
                 raise ConfigError(f"channel moe: {name} is {value}; expected zero or more")
         width = hidden_width("channel moe", build.hidden_size, hidden, 8 / 3, 64)
-        shared_width = hidden_width("channel moe", build.hidden_size, shared_hidden or width, 1.0, 1)
+        if shared_hidden is not None and shared_hidden < 1:
+            raise ConfigError(
+                f"channel moe: shared_hidden is {shared_hidden}; expected a positive number, or null"
+            )
+        shared_width = width if shared_hidden is None else shared_hidden
         self.hidden_size, self.top_k = build.hidden_size, top_k
         self.kind, self.normalise, self.scale = router, normalise_weights, float(scale)
         self.balance_loss, self.z_loss = float(balance_loss), float(z_loss)

@@ -1,9 +1,9 @@
 """Which experts a token goes to, with which weights, and how evenly: the arithmetic of a router.
 
 Everything is computed in float32 (float64 for float64 logits). Sources: softmax routing and its balance loss
-from the Switch Transformer (arXiv 2101.03961, equations 4 to 6, here for k experts per token), sigmoid routing
-from DeepSeek-V3 (arXiv 2412.19437, equations 13 to 16), the bias of loss-free balancing from arXiv 2408.15664
-(algorithm 1), the z-loss from ST-MoE (arXiv 2202.08906, equation 5).
+from the Switch Transformer (arXiv 2101.03961, equations 4 to 6, here for k experts per token), sigmoid
+routing from DeepSeek-V3 (arXiv 2412.19437, equations 13 to 16), the bias of loss-free balancing from
+arXiv 2408.15664 (algorithm 1), the z-loss from ST-MoE (arXiv 2202.08906, equation 5).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,10 @@ def _show(inspection: Inspection, out: Console) -> None:
     shape = (
         f"{config.num_hidden_layers} blocks of {config.hidden_size} features, {config.vocab_size:,} tokens"
     )
-    out.print(Text.assemble((inspection.name, "bold"), f": {inspection.parameters:,} parameters, {shape}"))
+    active = inspection.active_parameters
+    used = f" ({active:,} active per token)" if active != inspection.parameters else ""
+    size = f"{inspection.parameters:,} parameters{used}"
+    out.print(Text.assemble((inspection.name, "bold"), f": {size}, {shape}"))
     table = _table("parameters", "number", "share")
     for kind, count in inspection.parameters_by_kind.items():
         table.add_row(kind, f"{count:,}", f"{count / inspection.parameters:.1%}")
@@ -89,10 +93,23 @@ def _layers(inspection: Inspection) -> Table:
         sizes = (f"{first.parameters:,}{each}", f"{first.state_bytes:,}{each}")
         table.add_row(_span([layer.index for layer in alike]), "mixer", Text(first.mixer), *sizes)
         table.add_row("", "channel", Text(first.channel), "", "")
-        for path, what in first.projections.items():
+        for path, what in _alike(first.projections):
             # The neuron is told where it differs from the one that the table above names.
             table.add_row("", Text(f"  {path}"), Text(what.removesuffix(f", {usual}")), "", "")
     return table
+
+
+def _alike(projections: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Projections of a block; those of equal experts in one row: ``channel.experts.0 to 63.up``."""
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for path, what in projections.items():
+        before, found, after = path.partition(".experts.")
+        number, _, name = after.partition(".")
+        rows.setdefault((before, name, what), []).extend([int(number)] if found else [])
+    return [
+        (f"{path}.experts.{_span(numbers)}.{name}" if numbers else path, what)
+        for (path, name, what), numbers in rows.items()
+    ]
 
 
 def _span(indices: list[int]) -> str:

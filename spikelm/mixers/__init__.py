@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spikelm.mixers import attention, gla, parallel, sdsa, ssa, swa, wkv4
+from spikelm.mixers import attention, gated_delta, gla, parallel, sdsa, ssa, swa, wkv4
 
-__all__ = ["attention", "gla", "parallel", "sdsa", "ssa", "swa", "wkv4"]
+__all__ = ["attention", "gated_delta", "gla", "parallel", "sdsa", "ssa", "swa", "wkv4"]

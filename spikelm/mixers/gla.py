@@ -187,7 +187,7 @@ class GatedLinearAttention(Part):
             if self.convolved:
                 key = f"{name}_convolution"
                 y, new[key] = getattr(self, key)(y, state[key], ctx)
-            found.append(y.unflatten(-1, (-1, self.head_dim)))
+            found.append(self._activated(y).unflatten(-1, (-1, self.head_dim)))
         q, k, v = found
         q, k = _normalised(self.query_norm, q), _normalised(self.key_norm, k)
         g, gates = self.gate(x, k, state, ctx)
@@ -195,6 +195,10 @@ class GatedLinearAttention(Part):
         if self.rope is not None and position is not None:
             q, k = self.rope.rotate(q, position), self.rope.rotate(k, position)
         return q, k, v, g, {**new, **gates}
+
+    def _activated(self, y: Tensor) -> Tensor:
+        """What follows the projection and the convolution of queries, keys and values; nothing here."""
+        return y
 
     def _map(self, x: Tensor) -> Tensor:
         if self.feature_map == "relu":

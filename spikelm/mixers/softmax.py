@@ -145,6 +145,9 @@ class SoftmaxMixer(Part):
         """T tokens, in blocks of queries."""
         if ctx.sinks:
             return self._sink_prefix(x, state, ctx)
+        if x.shape[1] == 1 and ctx.reset is None and ctx.valid is None:
+            y, state = self.step(x[:, 0], state, ctx.at(0))
+            return y[:, None], state
         return compacted(self._packed, x, state, ctx, lambda: initial_like(self, x, state))
 
     def _packed(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:

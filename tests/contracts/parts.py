@@ -43,11 +43,14 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
             "token_shift": True,
         },
         {"neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False, "norm": False},
-        {"attention_neuron": {"name": "plif", "threshold": 0.3}, "head_dim": 4, "scale": 2.0},
-        {"causal": False, "num_heads": 2, "token_shift": True},
+        {
+            "causal": False,
+            "attention_neuron": {"name": "plif", "threshold": 0.3},
+            "head_dim": 4,
+            "scale": 2.0,
+        },
     ],
     "sdsa": [
-        {},
         {
             "neuron": {"name": "lif", "threshold": 0.4},
             "num_heads": 2,
@@ -57,7 +60,12 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
         {"version": 2, "neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False},
         {"version": 2, "norm": False},
         {"causal": False, "neuron": {"name": "heaviside"}},
-        {"causal": False, "version": 2, "num_heads": 2},
+    ],
+    "gated_delta": [
+        {},
+        {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "qk_norm": True, "short_convolution": 3},
+        {"num_heads": 2, "num_kv_heads": 1, "rope": True, "allow_negative": True, "short_convolution": 0},
+        {"head_dim": 2, "output_gate": False, "output_norm": False, "rope": True, "qk_norm": True},
     ],
     "gla": [
         {},
@@ -82,7 +90,31 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "qkv_bias": True},
         {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "output_gate": True, "output_bias": True},
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4, "partial_rotary_factor": 0.5},
-        {"num_heads": 2, "rope": False},
+    ],
+    "ssa": [
+        {},
+        {
+            "neuron": {"name": "lif", "threshold": 0.4},
+            "num_heads": 2,
+            "decay": "learned",
+            "token_shift": True,
+        },
+        {"neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False, "norm": False},
+        {"attention_neuron": {"name": "plif", "threshold": 0.3}, "head_dim": 4, "scale": 2.0},
+        {"causal": False, "num_heads": 2, "token_shift": True},
+    ],
+    "sdsa": [
+        {},
+        {
+            "neuron": {"name": "lif", "threshold": 0.4},
+            "num_heads": 2,
+            "decay": "learned",
+            "token_shift": True,
+        },
+        {"version": 2, "neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False},
+        {"version": 2, "norm": False},
+        {"causal": False, "neuron": {"name": "heaviside"}},
+        {"causal": False, "version": 2, "num_heads": 2},
     ],
     "parallel": [
         {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
@@ -91,13 +123,13 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
     "swa": [
         {"window": 1},
         {"window": 2, "num_heads": 4, "num_kv_heads": 2},
-        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True},
+        {"window": 3, "num_heads": 2, "qkv_bias": True, "output_bias": True, "rope": False},
         {"window": 4, "num_heads": 2, "num_kv_heads": 1, "qk_norm": True, "output_gate": True},
         {"window": 20, "num_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"window": 3, "num_heads": 2, "rope": False},
     ],
 }
 CHANNELS: dict[str, list[dict[str, Any]]] = {
+    "mlp": [{}, {"expand": 1.5, "norm": False, "activation": "none"}],
     "mlp": [{}, {"expand": 1.5, "norm": False, "activation": "none"}, {"activation": "relu2"}],
     "moe": [
         {"experts": 4, "hidden": 6},

@@ -236,6 +236,25 @@ def test_the_window_costs_the_same_at_any_length() -> None:
     assert shapes[0] == shapes[1]
 
 
+def test_scores_of_a_long_text_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T much longer than the window: no product is wider than the window and a block."""
+    widths: list[tuple[int, int]] = []
+    product = spikelm.attend.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
+        widths.append((q.shape[2], k.shape[2]))
+        return product(q, k, *rest, **options)
+
+    monkeypatch.setattr(spikelm.attend, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(spikelm.attend, "BLOCK", 64)
+    part = make("swa", window=16, num_heads=2, dtype=torch.float32)
+    x = draw(1, 2000, 16).float().requires_grad_()
+    part(x)[0].sum().backward()
+    assert sum(queries for queries, _ in widths) == 2000
+    assert max(keys for _, keys in widths) == 64 + 15
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
 @torch.no_grad()
 def test_slots_of_an_older_document_are_empty() -> None:
     part = make("swa", window=5, num_heads=2)

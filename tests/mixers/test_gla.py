@@ -101,6 +101,7 @@ def test_is_the_published_layer_with_one_state_for_a_group(name: str, backend: s
 def test_state_of_the_7b_layer_is_a_seventh_of_the_releases() -> None:
     """The figures of the module's docstring and of docs/linear-attention.md; nothing is allocated."""
     with torch.device("meta"):
+        model_with({"name": "gla", **EVERYTHING})
         part = model_with({"name": "gla", **RELEASE}, hidden_size=3584).blocks[0].mixer
     ours = states.state_bytes(part.init_state(1, "meta"))
     release = 4 * 28 * 128 * 128
@@ -181,6 +182,25 @@ def test_a_small_model_learns(mixer: dict[str, Any], neuron: dict[str, Any]) -> 
         losses.append(loss.item())
     first, last = losses[0], sum(losses[-5:]) / 5
     assert last < 0.5 * first, f"from {first:.2f} to {last:.2f}, chance is {math.log(16):.2f}"
+
+
+@pytest.mark.parametrize("name", ["gla", "gla_tied"])
+def test_heads_can_be_split_over_ranks(name: str) -> None:
+    """With every parameter cut as its ``shard`` says, two halves add up to the whole (tensor parallelism)."""
+    whole = mixer_with({"name": name, **EVERYTHING})
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    expected, _ = whole(x)
+    total = torch.zeros_like(expected)
+    for rank in range(2):
+        half = mixer_with({"name": name, **EVERYTHING, "num_heads": 2, "num_kv_heads": 1})
+        own = dict(half.named_parameters())
+        for path, parameter in whole.named_parameters():
+            part = whole.get_submodule(path.split(".")[0])
+            dim = {"column": 0, "row": 1, None: None}[getattr(part, "shard", None)]
+            with torch.no_grad():
+                own[path].copy_(parameter if dim is None else parameter.chunk(2, dim)[rank])
+        total = total + half(x)[0]
+    torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_recomputing_blocks_and_low_precision() -> None:

@@ -42,7 +42,14 @@ def train(leg: dict[str, Any], ranks: Any) -> dict[str, Any]:
         "backend": trainer._backend.name,
         "resumed": result.resumed_from,
         "weights": weights,
+        "biases": biases(trainer),
+        "experts": [line.get("experts") for line in trainer.log.read("step")],
     }
+
+
+def biases(trainer: Any) -> dict[str, list[float]]:
+    """What steers the choice of experts, by name."""
+    return {name: value.tolist() for name, value in trainer.model.named_buffers()}
 
 
 def poison(leg: dict[str, Any], ranks: Any) -> dict[str, Any]:
@@ -72,6 +79,7 @@ def poison(leg: dict[str, Any], ranks: Any) -> dict[str, Any]:
     return {
         "losses": [line["loss"] for line in trainer.log.read("step")],
         "bad": trainer.log.read("bad_step"),
+        "biases": biases(trainer),
         "backend": backend.name,
     }
 

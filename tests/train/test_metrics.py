@@ -121,19 +121,26 @@ def test_line_of_the_log(make_values: Any) -> None:
 
 
 def test_layer_figures() -> None:
-    def entry(inputs: int, outputs: int, rate: float, never: float) -> dict[str, Any]:
+    def entry(inputs: int, outputs: int, rate: float, never: float, tokens: int = 7) -> dict[str, Any]:
         figures = {"firing_rate": rate, "silent": 1 - rate, "mean_count": 2 * rate, "at_cap": 0.0}
-        return {"in_features": inputs, "out_features": outputs, "never_fired": never, **figures}
+        sizes = {"in_features": inputs, "out_features": outputs, "tokens": tokens}
+        return {**sizes, "never_fired": never, **figures}
 
-    found = together([entry(2, 2, 0.5, 0.0), entry(2, 6, 0.1, 0.5), {"features": 9, "firing_rate": 1.0}])
+    neuron = {"features": 9, "firing_rate": 1.0, "tokens": 7}
+    found = together([entry(2, 2, 0.5, 0.0), entry(2, 6, 0.1, 0.5), neuron, entry(2, 2, 0.0, 1.0, tokens=0)])
     assert found["firing_rate"] == pytest.approx((4 * 0.5 + 12 * 0.1) / 16)
     assert found["never_fired"] == pytest.approx(0.25)
     neurons = [
         {"features": 1, "firing_rate": 0.2, "silent": 0.8, "mean_count": 0.2, "never_fired": 0.0},
         {"features": 3, "firing_rate": 0.4, "silent": 0.6, "mean_count": 0.4, "never_fired": 1.0},
     ]
+    for one in neurons:
+        one["tokens"] = 5
     assert together(neurons)["firing_rate"] == pytest.approx(0.35)
-    assert together([]) == {}
+    assert together([]) == {} and together([entry(2, 2, 0.0, 1.0, tokens=0)]) == {}
+    # One token in ten of an expert counts a tenth.
+    experts = [entry(2, 2, 0.5, 0.0, tokens=9), entry(2, 2, 0.0, 1.0, tokens=1)]
+    assert together(experts)["firing_rate"] == pytest.approx(0.45)
 
 
 def test_combining_alone_changes_nothing() -> None:

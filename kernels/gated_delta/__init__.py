@@ -1,0 +1,117 @@
+"""The gated delta rule: a decaying matrix memory that replaces what it knows about a key.
+
+Forms: reference.py (the equations), chunked.py (plain torch, matrix products within chunks). Equations and
+masks are written in reference.py. Sources: Yang et al. 2024 (Gated DeltaNet), https://arxiv.org/abs/2412.06464;
+its parallel form, Yang et al. 2024, https://arxiv.org/abs/2406.06484. SpikingBrain 2.0,
+https://arxiv.org/abs/2604.22575, builds its linear layers on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from spikelm.errors import ShapeError
+from spikelm.kernels.dispatch import choose
+from spikelm.kernels.gated_delta import chunked, reference
+from spikelm.kernels.masks import check_masks
+
+__all__ = ["gated_delta"]
+
+_Form = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None],
+    tuple[Tensor, Tensor],
+]
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.gated_delta, "torch": chunked.gated_delta}
+)
+
+
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: float,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule over T tokens, from a state to a state.
+
+    Token t: S_t = exp(g_t) (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t and o_t = scale q_t S_t. Query
+    head h reads key-value head h // (H / G); there is one state per key-value head. The result does not
+    depend on where a sequence is split.
+
+    Args:
+        q: queries [B, T, H, K], any floating dtype; H a multiple of G.
+        k: keys [B, T, G, K], normalised by the caller: the state stays bounded while beta |k|^2 <= 2.
+        v: values [B, T, G, V].
+        g: log decays [B, T, G], <= 0; -inf empties the state before the token writes.
+        beta: write strengths [B, T, G], usually between 0 and 1 (up to 2: a reflection).
+        state: S [B, G, K, V].
+        scale: factor of the output, usually K^-1/2.
+        reset: bool [B, T]; where true the state is emptied before the token.
+        valid: bool [B, T]; where false the state stays (after a reset, if any) and o is 0.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the state [B, G, K, V] in float32 (float64 where q, k or v is
+        float64). Gradients reach q, k, v, g, beta and the incoming state, from both results.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit.
+        KernelError: a back-end that was asked for and is not available.
+    """
+    _check(q, k, v, g, beta, state)
+    check_masks(k, reset, valid)
+    form = _FORMS[choose("gated_delta", k.device)]
+    dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+    with _full_precision(k.device):
+        o, last = form(
+            q.to(dtype).unflatten(2, (k.shape[2], -1)),
+            k.to(dtype),
+            v.to(dtype),
+            g.to(dtype),
+            beta.to(dtype),
+            state.to(dtype),
+            scale,
+            reset,
+            valid,
+        )
+    return o.flatten(2, 3).to(v.dtype), last
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would round the operands of every product here, the state among them, to bfloat16."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
+    if k.dim() != 4 or not k.is_floating_point():
+        raise ShapeError(f"gated_delta needs floating k [B, T, G, K], got {k.dtype} {list(k.shape)}")
+    batch, steps, heads, features = k.shape
+    if q.dim() != 4 or (*q.shape[:2], q.shape[3]) != (batch, steps, features) or q.shape[2] % max(heads, 1):
+        raise ShapeError(
+            f"gated_delta needs q [{batch}, {steps}, a multiple of {heads} heads, {features}] "
+            f"for k {list(k.shape)}, got {list(q.shape)}"
+        )
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ShapeError(f"gated_delta needs v [{batch}, {steps}, {heads}, V], got {list(v.shape)}")
+    for name, x, shape in (
+        ("g", g, (batch, steps, heads)),
+        ("beta", beta, (batch, steps, heads)),
+        ("state", state, (batch, heads, features, v.shape[3])),
+    ):
+        if x.shape != shape:
+            raise ShapeError(
+                f"gated_delta needs {name} {list(shape)} for k {list(k.shape)} and v {list(v.shape)}, "
+                f"got {list(x.shape)}"
+            )
