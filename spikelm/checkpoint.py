@@ -155,6 +155,9 @@ def save_checkpoint(
         raise CheckpointError(
             f"cannot write the checkpoint {target}: {error}; free space or choose another folder"
         ) from error
+    except KeyboardInterrupt:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return target
 
 

@@ -170,7 +170,8 @@ def _pieces(
             if reason is not None:
                 return
             with torch.inference_mode():
-                logits, state = model(chosen, state, ctx)
+                # A sequence of one token, so that its kernels are those of the prompt: see docs/int8.md.
+                logits, state = prefill(model, chosen[:, None], state, ctx)
     finally:
         model.train(training)
 

@@ -49,6 +49,7 @@ from spikelm.hf_training import StepCallback, step_of
 from spikelm.model import SpikeLM
 from spikelm.pooling import pool
 from spikelm.recurrence import Context
+from spikelm.weights import Int8Linear
 
 __all__ = [
     "RecurrentCache",
@@ -156,6 +157,11 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         size = old if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size != old and core.head is not None and isinstance(core.head.linear, Int8Linear):
+            raise ConfigError(
+                "the head has int8 weights, which cannot grow or shrink; resize the float checkpoint and "
+                "quantise that again"
+            )
         config = dataclasses.replace(core.config, vocab_size=size)
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         core.config = config
@@ -165,6 +171,13 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
                 if core.head is not None and not config.tie_word_embeddings:
                     cast(Tensor, core.head.linear.weight)[old:].normal_(std=0.5 * config.hidden_size**-0.5)
         return embedding
+
+    def _refuse_training_int8(self, labels: Tensor | None) -> None:
+        if self.training and labels is not None and cast(SpikeLM, self.model).config.has_int8:
+            raise ConfigError(
+                "the model has int8 weights, which cannot be trained; train the float checkpoint it was made "
+                "from, and quantise that again (model.eval() to measure a loss)"
+            )
 
     def _supports_default_dynamic_cache(self) -> bool:
         return False
@@ -257,6 +270,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             StateError: if the state is no RecurrentCache.
         """
         loss_kwargs = loss_arguments(kwargs, self.config, position_ids is not None)
+        self._refuse_training_int8(labels)
         losses: list[Tensor] | None = [] if self.training and labels is not None else None
         cache = given_cache(cache, past_key_values)
         ctx = self._context(input_ids, attention_mask, position_ids, cache is not None, losses)
@@ -355,6 +369,7 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
         arguments and errors.
         """
         loss_kwargs = loss_arguments(kwargs, self.config, position_ids is not None)
+        self._refuse_training_int8(labels)
         losses: list[Tensor] | None = [] if self.training and labels is not None else None
         ctx = self._context(input_ids, attention_mask, position_ids, False, losses)
         h, _ = self.model.hidden(input_ids, None, ctx)

@@ -5,7 +5,7 @@ The model is built on torch's meta device: shapes without memory, so 216M parame
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from spikelm.config import ModelConfig, Spec
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from spikelm.block import Block
+
+LENGTHS = (1_000, 100_000, 1_000_000)
+"""Lengths of a text, in tokens, at which the size of its state is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,7 @@ class Layer:
         index: from 0.
         mixer: mixer and its options, as text.
         channel: channel and its options, as text.
-        projections: path inside the block -> ``"in x out, neuron"``.
+        projections: path inside the block -> ``"in x out, neuron"`` (``"in x out, int8, neuron"``).
         parameters: parameters of the block.
         state_bytes: bytes of the block's state for one sequence.
     """
@@ -44,13 +49,15 @@ class Inspection:
     Attributes:
         name: preset, file or folder that was given.
         config: the model's configuration.
-        parameters: number of them, tied ones once.
+        parameters: number of them, tied ones once, int8 weights included.
         active_parameters: those that one token uses: of routed experts only top_k count.
         parameters_by_kind: embedding, mixer, channel, norm, neuron, head.
+        weight_bytes: memory of the weights as built: 4 bytes each, 1 and their scales where they are int8.
         neurons: place -> neuron and its options, as text.
         state_bytes: bytes of one sequence's state, float32; for models that grow, without what grows.
         state_bytes_by_kind: the same, by what is remembered.
         growth_bytes: further bytes of state per token (0: memory is constant).
+        state_bytes_at: tokens of a text -> bytes of its state, for LENGTHS.
         layers: every block.
         weights: file size and dtypes of a checkpoint's weights; None for a bare configuration.
     """
@@ -60,10 +67,12 @@ class Inspection:
     parameters: int
     active_parameters: int
     parameters_by_kind: Mapping[str, int]
+    weight_bytes: int
     neurons: Mapping[str, str]
     state_bytes: int
     state_bytes_by_kind: Mapping[str, int]
     growth_bytes: int
+    state_bytes_at: Mapping[int, int]
     layers: tuple[Layer, ...]
     weights: Mapping[str, Any] | None
 
@@ -74,9 +83,11 @@ class Inspection:
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "parameters_by_kind": dict(self.parameters_by_kind),
+            "weight_bytes": self.weight_bytes,
             "state_bytes": self.state_bytes,
             "state_bytes_by_kind": dict(self.state_bytes_by_kind),
             "growth_bytes_per_token": self.growth_bytes,
+            "state_bytes_at": {str(length): size for length, size in self.state_bytes_at.items()},
             "placement": self.config.placement,
             "neurons": dict(self.neurons),
             "layers": [
@@ -131,9 +142,10 @@ def inspect_config(
     # A state whose size depends on max_len is measured twice, and what one more position adds is split off.
     growth = state_bytes(model.empty_state(1, max_len=2)) - state_bytes(state) if grows else 0
     by_kind: dict[str, int] = {}
-    for path, parameter in model.named_parameters():
+    for path, parameter in _matrices(model):
         kind = _kind(path)
         by_kind[kind] = by_kind.get(kind, 0) + parameter.numel()
+    held = [*model.parameters(), *model.buffers()]
     memory: dict[str, int] = {}
     for path, tensor in flatten(state).items():
         kind = path.rpartition(".")[2]
@@ -147,10 +159,12 @@ def inspect_config(
         parameters=model.num_parameters(),
         active_parameters=active_parameters(model),
         parameters_by_kind=by_kind,
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
         neurons=_neurons(config),
         state_bytes=state_bytes(state) - growth,
         state_bytes_by_kind=memory,
         growth_bytes=growth,
+        state_bytes_at={length: state_bytes(model.empty_state(1, max_len=length)) for length in LENGTHS},
         layers=layers,
         weights=weights,
     )
@@ -163,16 +177,28 @@ def _layer(config: ModelConfig, block: Block, index: int, grows: bool) -> Layer:
     projections = {}
     for path, module in block.named_modules():
         if isinstance(module, Projection):
-            neuron = describe(config.input_neuron(f"blocks.{index}.{path}"))
-            projections[path] = f"{module.in_features} x {module.out_features}, {neuron}"
+            full = f"blocks.{index}.{path}"
+            held, neuron = config.projection_weights(full), describe(config.input_neuron(full))
+            kind = "" if held["name"] == "float" else f"{describe(held)}, "
+            projections[path] = f"{module.in_features} x {module.out_features}, {kind}{neuron}"
     return Layer(
         index=index,
         mixer=describe(config.layer(index)["mixer"]),
         channel=describe(config.layer(index)["channel"]),
         projections=projections,
-        parameters=sum(parameter.numel() for parameter in block.parameters()),
+        parameters=sum(tensor.numel() for _, tensor in _matrices(block)),
         state_bytes=state_bytes(block.init_state(1, "meta", max_len=1 if grows else None)),
     )
+
+
+def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Named parameters, and the int8 weights that torch holds as buffers."""
+    from spikelm.weights import Int8Linear
+
+    yield from module.named_parameters()
+    for path, child in module.named_modules():
+        if isinstance(child, Int8Linear):
+            yield f"{path}.weight", child.weight
 
 
 def _neurons(config: ModelConfig) -> dict[str, str]:

@@ -27,6 +27,7 @@ from spikelm.projection import Projection
 from spikelm.recurrence import EMPTY, Context, Part, zero_invalid
 from spikelm.segments import in_segments
 from spikelm.state import State
+from spikelm.weights import Int8Linear
 
 
 class SpikeLM(nn.Module):
@@ -202,8 +203,10 @@ class SpikeLM(nn.Module):
         return logits, {**state, "head": head}
 
     def num_parameters(self) -> int:
-        """Parameters, shared ones once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Parameters, shared ones once, int8 weights (which torch holds as buffers) included."""
+        return sum(parameter.numel() for parameter in self.parameters()) + sum(
+            module.weight.numel() for module in self.modules() if isinstance(module, Int8Linear)
+        )
 
     def fp32_parameters(self) -> set[str]:
         """Names of decays, time constants and neuron parameters, which stay float32 in low precision."""

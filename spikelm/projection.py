@@ -13,7 +13,7 @@ memory: the product is the float one with what they stand for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
 from spikelm.weights import FLOAT, LARGEST, Int8Linear, build_weights
+
+if TYPE_CHECKING:
+    from spikelm.tensor_parallel import Parallel
 
 
 class Projection(Part):
@@ -40,6 +43,8 @@ class Projection(Part):
     """
 
     shard: str | None = None
+    parallel: Parallel | None = None
+    """What the product does with other ranks, once this is a shard (:mod:`spikelm.tensor_parallel`)."""
 
     def __init__(
         self,
@@ -82,14 +87,15 @@ class Projection(Part):
             clipped = self.neuron.clipped(x, spikes, scale)
             if clipped is not None:
                 ctx.meter.record_clipped(self.path, clipped, valid=ctx.valid)
-        y = self._multiply(spikes, ctx)
+        parallel = self.parallel
+        y = self.multiply(spikes, ctx) if parallel is None else parallel.product(self, spikes, ctx)
         if scale is not None:
             y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return (y.to(x.dtype) if isinstance(self.linear, Int8Linear) else y), state
 
-    def _multiply(self, spikes: Tensor, ctx: Context) -> Tensor:
+    def multiply(self, spikes: Tensor, ctx: Context) -> Tensor:
         """Spikes times weights; float32 for int8 weights, else the weights' dtype."""
         if isinstance(self.linear, Int8Linear) and not self.neuron.spiking:
             return self.linear.weight_only(spikes)

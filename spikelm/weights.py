@@ -49,6 +49,7 @@ class Int8Linear(nn.Module):
         scales: float32 [O, ceil(D / group_size)]; buffer, which stays float32 in lower precisions.
     """
 
+    full_precision = ("scales",)
     weight: Tensor
     scales: Tensor
 

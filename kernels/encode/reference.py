@@ -9,7 +9,9 @@ THRESHOLD_FLOOR = 1e-8
 """Smallest threshold, so that an all-zero row gives zero counts."""
 
 
-def encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+def encode(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, thresholds and what the cap cut off.
 
     Args:
@@ -17,12 +19,13 @@ def encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Ten
         k: V = mean|x| / k.
         dead_zone: counts are zero where |x| < dead_zone * mean|x|.
         cap: |count| <= cap.
+        mean: [.., 1], mean|x| of the whole rows where x holds a part of them; None for that of x.
 
     Returns:
         counts [.., D] (integers, in x's dtype), threshold V [.., 1], clipped bool [.., D].
     """
     magnitude = x.abs()
-    mean = magnitude.mean(-1, keepdim=True)
+    mean = magnitude.mean(-1, keepdim=True) if mean is None else mean
     threshold = (mean / k).clamp(min=THRESHOLD_FLOOR)
     counts = torch.round(x / threshold)
     counts = torch.where(magnitude < dead_zone * mean, torch.zeros_like(counts), counts)
@@ -30,9 +33,11 @@ def encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Ten
     return counts.clamp(-cap, cap), threshold, clipped
 
 
-def adaptive_encode(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor]:
+def adaptive_encode(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Counts and thresholds; the gradient is that of x / V with constant V, where the cap does not bite."""
     with torch.no_grad():
-        counts, threshold, clipped = encode(x, k, dead_zone, cap)
+        counts, threshold, clipped = encode(x, k, dead_zone, cap, mean)
     soft = x / threshold
     return torch.where(clipped, counts, counts + (soft - soft.detach())), threshold

@@ -67,7 +67,7 @@ def integer_sums(counts: Tensor, weight: Tensor, group: int | None = None) -> Te
     size = max(width if group is None else group, 1)
     with _plain(counts.device):
         sums = eager.integer_sums(counts.reshape(-1, width), weight, size)
-    return sums.reshape(-1, *counts.shape[:-1], weight.shape[0])
+    return sums.reshape(sums.shape[0], *counts.shape[:-1], weight.shape[0])
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ class RWKVChannel(Part):
         self.depth_left = 1.0 - build.layer / build.num_layers
         self.mix_k = nn.Parameter(torch.ones(D))
         self.mix_r = nn.Parameter(torch.ones(D))
-        self.key = build.projection("key", D, hidden)
-        self.value = build.projection("value", hidden, D)
+        self.key = build.projection("key", D, hidden, shard="column")
+        self.value = build.projection("value", hidden, D, shard="row")
         self.receptance = build.projection("receptance", D, D)
 
     def init_state(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spikelm.cli._common import JsonOption, console, human_bytes, write_json
+from spikelm.cli.convert_spike import spike
 from spikelm.cli.convert_spikingbrain import spikingbrain
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Turn published weights into a checkpoint folder that every command reads.",
+    help="Turn published weights into a checkpoint folder that every command reads, or a trained model into "
+    "a spiking one.",
 )
+app.command()(spike)
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to write.")]
 TokenizerOption = Annotated[

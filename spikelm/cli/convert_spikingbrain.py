@@ -68,12 +68,12 @@ def spikingbrain(
         if words is not None:
             check_tokenizer(words, config)
         save_streamed(out, config, release.tensors(), words)
-        told, layout = release.quantisation, release.layout
+        told, layout, parameters = release.quantisation, release.layout, release.parameters
     inspection = inspect_config(config)
     result = {
         "source": folder.name,
         "checkpoint": str(out),
-        "parameters": inspection.parameters,
+        "parameters": parameters,
         "state_bytes": inspection.state_bytes,
         "tokenizer": None if words is None else words.sha256,
         "layout": {"quantised": layout.quantised, "merged_gate": layout.merged_gate},
@@ -88,7 +88,7 @@ def spikingbrain(
     if str(json_file) != "-":
         console().print(
             f"{out}: {config.num_hidden_layers} layers x {config.hidden_size}, {config.vocab_size:,} tokens, "
-            f"{inspection.parameters:,} parameters, {human_bytes(inspection.state_bytes)} of state per "
+            f"{parameters:,} parameters, {human_bytes(inspection.state_bytes)} of state per "
             f"sequence, neuron {describe(config.neuron)}, weights {describe(config.weights)}"
             + ("" if words is not None else "; no tokenizer (pass --tokenizer to text commands)")
         )

@@ -52,6 +52,9 @@ def _show(inspection: Inspection, out: Console) -> None:
     growth = inspection.growth_bytes
     ending = f"and {human_bytes(growth)} more for every token" if growth else "the same after every token"
     out.print(f"State of one sequence: {human_bytes(inspection.state_bytes)} (float32), {ending}")
+    if growth:
+        lengths = (f"{human_bytes(size)} at {n:,}" for n, size in inspection.state_bytes_at.items())
+        out.print(f"Memory grows with the text: {', '.join(lengths)} tokens")
     table = _table("state", "bytes")
     for kind, count in inspection.state_bytes_by_kind.items():
         table.add_row(kind, f"{count:,}")
@@ -63,6 +66,7 @@ def _show(inspection: Inspection, out: Console) -> None:
     out.print(table)
     out.print("Blocks")
     out.print(_layers(inspection))
+    out.print(f"Memory of the weights: {human_bytes(inspection.weight_bytes)} (float32 where not int8)")
     if inspection.weights is not None:
         dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in inspection.weights["dtypes"].items())
         out.print(f"Weights: {human_bytes(inspection.weights['bytes'])} on disk, {dtypes}")

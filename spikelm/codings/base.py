@@ -17,6 +17,9 @@ from torch import Tensor
 from spikelm.errors import CodingError
 from spikelm.registry import codings
 
+LARGEST_LIMIT = 2**15
+"""Largest |count| that can be sent: more than that is a fault of the neuron."""
+
 
 class Coding(ABC):
     """Events over micro-steps for integer counts |n| <= limit.
@@ -132,8 +135,10 @@ def check_limit(limit: int) -> None:
     Raises:
         CodingError: expected a whole number from 1 to 2^15.
     """
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= 2**15:
-        raise CodingError(f"the limit of a coding is {limit!r}; expected a whole number from 1 to 32768")
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= LARGEST_LIMIT:
+        raise CodingError(
+            f"the limit of a coding is {limit!r}; expected a whole number from 1 to {LARGEST_LIMIT}"
+        )
 
 
 def needed_limit(counts: Tensor) -> int:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from spikelm.codings.base import Coding, needed_limit
 from spikelm.errors import CodingError
+from spikelm.kernels.int8_linear import integer_sums, scaled_sums
 from spikelm.recurrence import memory_dtype
+from spikelm.weights import Int8Linear
 
 
 def expanded_product(linear: nn.Module, counts: Tensor, coding: Coding) -> Tensor:
@@ -37,12 +39,21 @@ def expanded_product(linear: nn.Module, counts: Tensor, coding: Coding) -> Tenso
             f"coding {coding.name!r} was asked for where gradients are recorded, and events have none; "
             "train collapsed (without a coding), run expanded under torch.no_grad()"
         )
-    limit = needed_limit(counts)
+    if isinstance(linear, Int8Linear):
+        return _int8(linear, counts, coding)
     total: Tensor | None = None
-    for events, weight in coding.planes(counts, limit):
+    for events, weight in coding.planes(counts, needed_limit(counts)):
         product = cast(Tensor, linear(events))
         if total is None:
             dtype = product.dtype
             total = torch.zeros_like(product, dtype=memory_dtype(product))
         total += weight * product.to(total.dtype)
     return cast(Tensor, total).to(dtype)
+
+
+def _int8(linear: Int8Linear, counts: Tensor, coding: Coding) -> Tensor:
+    total: Tensor | None = None
+    for events, weight in coding.planes(counts, needed_limit(counts)):
+        sums = integer_sums(events, linear.weight, linear.group_size).to(torch.int64) * weight
+        total = sums if total is None else total + sums
+    return scaled_sums(cast(Tensor, total).to(torch.int32), linear.scales)

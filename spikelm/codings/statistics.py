@@ -1,6 +1,6 @@
 """Spike statistics of counts under every coding, from one histogram.
 
-What a coding sends depends on the count alone, so the histogram of counts (at most 255 bins) gives every
+What a coding sends depends on the count alone, so the histogram of counts (255 bins as a rule) gives every
 figure exactly, for any window of micro-steps, without keeping the counts.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikelm.codings.base import Coding, build_coding
+from spikelm.codings.base import LARGEST_LIMIT, Coding, build_coding
 from spikelm.errors import CodingError
 from spikelm.registry import codings
 
-BINS = 127
-"""Largest |count| of a histogram: counts fit int8."""
+REACH = 127
+"""Largest |count| a histogram begins with: most counts fit int8."""
 WINDOWS = (3, 7, 15)
 """Limits of the short windows that are reported beside the exact one: 3 unary steps; 3 and 4 bit-planes."""
 
@@ -50,44 +50,58 @@ class CodingStatistics:
 
 
 class CountHistogram:
-    """How often every count from -127 to 127 was sent.
+    """How often every count was sent.
 
     Attributes:
-        bins: int64 [255]; bin 127 holds the zeros.
+        bins: int64 [2 * reach + 1], from -reach to reach; the reach is 127 and doubles where it must.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reach: int = REACH) -> None:
         """Empty."""
-        self.bins = torch.zeros(2 * BINS + 1, dtype=torch.int64)
+        self.bins = torch.zeros(2 * reach + 1, dtype=torch.int64)
+
+    @property
+    def reach(self) -> int:
+        """Largest magnitude that has a bin."""
+        return len(self.bins) // 2
 
     @torch.no_grad()
     def add(self, counts: Tensor) -> None:
         """Add counts of any shape.
 
         Raises:
-            CodingError: a count beyond 127 or one that is not finite.
+            CodingError: a count beyond 2^15 or one that is not finite.
         """
         if counts.numel() == 0:
             return
-        index = counts.detach().to(torch.int64).flatten() + BINS
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high > 2 * BINS:
-            worst = low - BINS if low < 0 else high - BINS
+        # NaN fails the comparison.
+        largest = float(counts.detach().abs().amax())
+        if not largest <= LARGEST_LIMIT:
             raise CodingError(
-                f"a count is {worst}; expected at most 127 in magnitude (counts are int8): is the input NaN?"
+                f"a count is {largest:g} in magnitude; expected at most {LARGEST_LIMIT}: is the input NaN?"
             )
-        self.bins = self.bins + torch.bincount(index, minlength=2 * BINS + 1).to("cpu")
+        while self.reach < largest:
+            self._widen(2 * self.reach)
+        index = counts.detach().to(torch.int64).flatten() + self.reach
+        self.bins = self.bins + torch.bincount(index, minlength=len(self.bins)).to("cpu")
+
+    def _widen(self, reach: int) -> None:
+        wider = torch.zeros(2 * reach + 1, dtype=torch.int64)
+        wider[reach - self.reach : reach + self.reach + 1] = self.bins
+        self.bins = wider
 
     def merged(self, other: CountHistogram) -> CountHistogram:
         """Both together."""
-        result = CountHistogram()
-        result.bins = self.bins + other.bins
+        result = CountHistogram(max(self.reach, other.reach))
+        for part in (self, other):
+            offset = result.reach - part.reach
+            result.bins[offset : offset + len(part.bins)] += part.bins
         return result
 
     @property
     def values(self) -> Tensor:
-        """The count of every bin, int64 [255]."""
-        return torch.arange(-BINS, BINS + 1)
+        """The count of every bin, int64."""
+        return torch.arange(-self.reach, self.reach + 1)
 
     @property
     def total(self) -> int:
@@ -108,7 +122,7 @@ class CountHistogram:
     @property
     def negative(self) -> bool:
         """Whether any count is below zero."""
-        return bool(self.bins[:BINS].any())
+        return bool(self.bins[: self.reach].any())
 
     @property
     def mean_magnitude(self) -> float:

@@ -12,6 +12,7 @@ which is what the release multiplies with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +109,10 @@ class SpikingBrain:
                 # The release's down projection goes by its quantiser: dense means the weight as it is stored.
                 yield entry.ours, weight if self._dense(entry) else rounded(weight, scales, self.group)
 
-    def shape(self, entry: Entry) -> tuple[int, ...]:
-        """Shape of a published tensor."""
-        return self.files.shape(entry.published)
+    @property
+    def parameters(self) -> int:
+        """Published parameters, quantised ones among them, scales not."""
+        return sum(math.prod(entry.shape) for entry in self.plan)
 
     def _dense(self, entry: Entry) -> bool:
         return entry.ours.endswith("channel.down.linear.weight") and bool(self.config.neuron_overrides)

@@ -36,6 +36,7 @@ class WKV4(Part):
     """
 
     full_precision = ("time_decay", "time_first")
+    column_vectors = ("time_decay", "time_first")
 
     def __init__(self, build: Build) -> None:
         """Parameters are set by ``spikelm.initialisation``."""
@@ -49,10 +50,10 @@ class WKV4(Part):
         self.mix_k = nn.Parameter(torch.ones(D))
         self.mix_v = nn.Parameter(torch.ones(D))
         self.mix_r = nn.Parameter(torch.ones(D))
-        self.key = build.projection("key", D, D)
-        self.value = build.projection("value", D, D)
-        self.receptance = build.projection("receptance", D, D)
-        self.output = build.projection("output", D, D)
+        self.key = build.projection("key", D, D, shard="column")
+        self.value = build.projection("value", D, D, shard="column")
+        self.receptance = build.projection("receptance", D, D, shard="column")
+        self.output = build.projection("output", D, D, shard="row")
 
     def init_state(
         self,
@@ -63,7 +64,7 @@ class WKV4(Part):
     ) -> State:
         """No previous token, an empty average."""
         dtype = dtype or torch.float32
-        wkv = torch.zeros(batch, 3, self.hidden_size, device=device, dtype=dtype)
+        wkv = torch.zeros(batch, 3, self.key.out_features, device=device, dtype=dtype)
         wkv[:, 2] = EMPTY_EXPONENT
         shift = torch.zeros(batch, self.hidden_size, device=device, dtype=dtype)
         state: State = {"shift": shift, "wkv": wkv}

@@ -11,7 +11,7 @@ State: none. Deviation from the report: V has a tiny floor (1e-8) instead of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,13 @@ class Adaptive(Neuron):
         dead_zone: channels below this many mean magnitudes stay silent.
         cap: largest |count|, at most 127, so that counts fit int8; None for no limit.
         rate_target: see :class:`spikelm.neurons.base.RateTarget`.
+
+    Attributes:
+        whole_mean: x [.., D'] -> mean|x| [.., 1] over the whole rows, where x holds a part of their features
+            (set by :mod:`spikelm.tensor_parallel`); None where x is whole.
     """
+
+    whole_mean: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -70,7 +76,8 @@ class Adaptive(Neuron):
     def _counts(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor, State]:
         x = zero_invalid(x, ctx) if x.dim() == 3 else x
         cap = UNLIMITED if self.cap is None else self.cap
-        counts, threshold = adaptive_encode(x, k=self.k, dead_zone=self.dead_zone, cap=cap)
+        mean = None if self.whole_mean is None else self.whole_mean(x.detach())
+        counts, threshold = adaptive_encode(x, k=self.k, dead_zone=self.dead_zone, cap=cap, mean=mean)
         if x.dim() == 3:
             self.add_rate_loss(x, counts, ctx)
         return counts, threshold, state

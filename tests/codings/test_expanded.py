@@ -51,14 +51,36 @@ def test_nano_presets(name: str) -> None:
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[0, :2] = False
     with torch.no_grad():
-        collapsed, state = model(tokens, None, Context(valid=valid))
+        start = model.init_state(2, max_len=10)
+        collapsed, state = model(tokens, start, Context(valid=valid))
         for coding in map(build_coding, SIGNED):
             meter = CountMeter()
-            expanded, after = model(tokens, None, Context(valid=valid, coding=coding, meter=meter))
+            expanded, after = model(tokens, start, Context(valid=valid, coding=coding, meter=meter))
             torch.testing.assert_close(expanded, collapsed, atol=1e-10, rtol=0)
             assert meter.histograms and meter.total_histogram().needed > 1
         step, _ = model(tokens[:, 0], after, Context(coding=coding))
         torch.testing.assert_close(step, model(tokens[:, 0], state)[0], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("group_size", [None, 128, 40])
+@pytest.mark.parametrize("name", ["spikegpt-nano-sd", "spikingbrain-moe-nano"])
+def test_int8_weights_give_the_same_bits(name: str, group_size: int | None) -> None:
+    """Integer sums are added before they are scaled: expanded is collapsed to the bit, in float32."""
+    probe = ModelConfig.from_yaml(name)
+    weights = {"name": "int8", "group_size": group_size}
+    spiking = {"name": "adaptive", "k": 3.0}
+    fields = {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields |= {"num_hidden_layers": max(2, len(probe.layers)), "vocab_size": 64, "initializer_range": 0.1}
+    fields |= {"neuron": spiking, "head_neuron": spiking, "neuron_overrides": {}, "weights": weights}
+    fields |= {"weight_overrides": {"head": weights}, "tie_word_embeddings": False}
+    model = SpikeLM(ModelConfig.from_yaml(name, **fields)).eval()
+    tokens = torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        collapsed, _ = model(tokens)
+        assert collapsed.std() > 0.01
+        for coding in map(build_coding, SIGNED):
+            expanded, _ = model(tokens, None, Context(coding=coding))
+            assert torch.equal(expanded, collapsed)
 
 
 def test_one_product_per_micro_step() -> None:

@@ -90,6 +90,16 @@ def test_shares_and_means() -> None:
     assert found.merged(found).total == 8
     empty = CountHistogram()
     assert empty.silent == 0.0 and empty.needed == 1 and empty.mean_magnitude == 0.0
-    for bad in (128.0, float("nan")):
-        with pytest.raises(CodingError, match="at most 127"):
+    for bad in (1e6, float("nan"), float("inf")):
+        with pytest.raises(CodingError, match="at most 32768"):
             empty.add(torch.tensor([bad]))
+
+
+def test_counts_beyond_int8_widen_the_histogram() -> None:
+    counts = torch.tensor([[-1000.0, 0.0, 0.0, 300.0]])
+    found = histogram(counts)
+    assert found.needed == 1000 and found.total == 4 and found.silent == 0.5
+    assert found.mean_magnitude == pytest.approx(325.0)
+    both = found.merged(histogram(torch.tensor([[1.0, -1000.0, 2.0]])))
+    assert both.total == 7 and both.needed == 1000
+    assert int(both.bins[both.values == -1000]) == 2

@@ -1,7 +1,8 @@
 """SpikingBrain folders at small size under the published names, and what they compute, in straight lines.
 
-Written from the technical report and the published layout; nothing is shared with the package. One sequence,
-float64, token by token; keys, values, gates and states are repeated for every query head, as the release does.
+Written from the technical report and the published layout; nothing is shared with the package. One
+sequence, float64, token by token; keys, values, gates and states are repeated for every query head, as in the
+release.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Published SpikingBrain folders, built small: converted, loaded, and compared with the published equations."""
+"""Published SpikingBrain folders, built small: converted, loaded, compared with the published equations."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from spikelm.checkpoint import load_model, load_tokenizer, read_config
 from spikelm.cli import main
+from spikelm.config import ModelConfig
 from spikelm.errors import CheckpointError
 from spikelm.formats.shards import save_streamed
 from spikelm.formats.spikingbrain import open_spikingbrain, rounded, to_int8
+from spikelm.formats.spikingbrain_config import read_published
+from spikelm.formats.spikingbrain_names import Layout, entries
+from spikelm.model import SpikeLM
 from spikelm.tokenizer import Tokenizer
 
 from . import spikingbrain_release as release
@@ -66,7 +72,7 @@ def test_float_release(tmp_path: Path, shards: int, k: float | None) -> None:
 )
 @pytest.mark.parametrize("shards", [1, 4])
 def test_w8aspike(tmp_path: Path, words: list[str], dense_down: bool, shards: int) -> None:
-    """Merged gates, scales per group: int8 weights and spikes of k = 3, as the published code computes them."""
+    """Merged gates, scales per group: int8 weights and spikes of k = 3, as the published code has them."""
     tensors = release.weights(quantised=True, dtype=torch.float32)
     folder = release.write(tmp_path / "in", tensors, shards=shards)
     told = convert(folder, tmp_path / "out", *words)
@@ -75,6 +81,7 @@ def test_w8aspike(tmp_path: Path, words: list[str], dense_down: bool, shards: in
     check(tmp_path / "out", expected)
     assert told["layout"] == {"quantised": True, "merged_gate": True}
     assert told["quantisation"]["outside_int8"] == 0
+    assert told["parameters"] == sum(v.numel() for n, v in tensors.items() if "quantizer" not in n)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     kinds = {name: value.dtype for name, value in stored.items()}
     int8 = words != ["--weights", "float"]
@@ -188,6 +195,68 @@ def test_written_in_shards(tmp_path: Path) -> None:
     assert "model.safetensors.index.json" in files
     assert all(p.stat().st_size < 60_000 for p in (tmp_path / "out").glob("model-*"))
     check(tmp_path / "out", release.logits(tensors, TOKENS.tolist()))
+
+
+def test_a_shard_at_a_time(tmp_path: Path) -> None:
+    """Never more tensors in memory than a shard holds, and the one that did not fit."""
+    tensors = release.weights(quantised=True, dtype=torch.float32)
+    folder = release.write(tmp_path / "in", tensors, shards=2)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    with open_spikingbrain(folder) as opened:
+
+        def watched() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal most
+            for name, value in opened.tensors():
+                alive.append(weakref.ref(value))
+                held = [tensor for ref in alive if (tensor := ref()) is not None]
+                most = max(most, sum(tensor.nbytes for tensor in held))
+                del held
+                yield name, value
+                del value
+
+        save_streamed(tmp_path / "out", opened.config, watched(), shard_bytes=30_000)
+    largest = max(value.nbytes for value in tensors.values())
+    assert 10_000 < most <= 30_000 + largest < sum(value.nbytes for value in tensors.values()) / 3
+    check(tmp_path / "out", release.logits(tensors, TOKENS.tolist(), k=3.0))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_published_sizes(tmp_path: Path, quantised: bool) -> None:
+    """The 7B's own configuration: every tensor has its place in the preset's model, by name and by shape."""
+    sizes = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "attn_layers": list(range(1, 28, 2)),
+        "sliding_window": 4096,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(release.CONFIG | sizes))
+    published = read_published(tmp_path)
+    plan = list(entries(published, Layout(quantised=quantised, merged_gate=quantised)))
+    tensors = {e.published for e in plan} | {e.quantiser for e in plan if e.quantiser}
+    per_layer = [sum(name.startswith(f"model.layers.{i}.") for name in tensors) for i in (14, 15)]
+    # 23: what others report of the published W8ASpike file's layer 14
+    assert per_layer == ([23, 19] if quantised else [16, 12])
+    config = published.model(
+        gate_rank=None if quantised else 16,
+        neuron={"name": "adaptive", "k": 3.0, "dead_zone": 0.0, "cap": 127},
+        weights={"name": "float"},
+        neuron_overrides={},
+        weight_overrides={},
+    )
+    with torch.device("meta"):
+        model = SpikeLM(config)
+    assert {e.ours: e.shape for e in plan} == {n: tuple(v.shape) for n, v in model.state_dict().items()}
+    if not quantised:
+        assert config == ModelConfig.from_yaml("spikingbrain-7b")
+        assert sum(math.prod(e.shape) for e in plan) == 7_616_542_976
 
 
 def test_an_interrupted_conversion_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""Conversion knows projections and configurations only: every nano preset converts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spikelm import presets
+from spikelm.config import ModelConfig
+from spikelm.evaluation.segments import disjoint
+from spikelm.model import SpikeLM
+from spikelm.projection import Projection
+from spikelm.quantisation.calibration import calibrate
+from spikelm.quantisation.spiking import Request, check_convertible, convert, convertible, plan
+from spikelm.weights import Int8Linear
+
+NANO = [
+    name
+    for name in presets.names("models")
+    if "nano" in name and ModelConfig.from_yaml(name).placement == "before"
+]
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_nano_presets(name: str) -> None:
+    probe = ModelConfig.from_yaml(name)
+    fields = {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields |= {"num_hidden_layers": max(2, len(probe.layers)), "vocab_size": 64, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = SpikeLM(ModelConfig.from_yaml(name, **fields)).eval()
+    request = Request(k=3.0, group_size=64)
+    check_convertible(model.config)
+    projections, kept = convertible(model)
+    tokens = torch.randint(0, 64, (80,), dtype=torch.int32).numpy()
+    samples = calibrate(model, projections, list(disjoint([tokens], 16)), batch_size=3)
+    chosen = plan(model, samples, request)
+    assert set(chosen.choices) | set(chosen.unseen) == set(projections)
+    new = convert(model, samples, chosen, request)
+    for path, module in new.named_modules():
+        if isinstance(module, Projection) and path.startswith("blocks."):
+            assert isinstance(module.linear, Int8Linear)
+            assert module.neuron.spiking
+            assert (path in kept) == (not hasattr(module.neuron, "cap"))
+    with torch.no_grad():
+        logits, _ = new(torch.from_numpy(tokens).long()[None, :16])
+    assert logits.isfinite().all() and logits.std() > 0
