@@ -40,7 +40,6 @@ MOE = {
     "mixer": {"name": "gla_tied", **HEADS},
     "channel": {"name": "moe", "hidden": 32, "experts": 4, "top_k": 2, "shared": 1},
 }
-DELTA = {"mixer": {"name": "gated_delta", **HEADS}, "channel": SWIGLU}
 RWKV = {"mixer": {"name": "wkv4"}, "channel": {"name": "rwkv"}}
 
 
@@ -197,7 +196,6 @@ def main(out: str) -> None:
         # Float products inside the gated delta rule may round by how many heads they are taken for.
         "int8 delta": integers([DELTA], None, True),
         "int8 sums": integers(hybrid, None, False),
-        "int8 delta": integers([DELTA], None, True),
         "int8 groups": integers([GLA, RWKV], 16, False),
         "int8 weight-only": integers([GLA, RWKV], None, False, neuron={"name": "none"}),
         "refusals": refusals(),
