@@ -74,6 +74,8 @@ class GatedDelta(GatedLinearAttention):
     full_precision = ("A_log", "dt_bias")
     column_vectors = ("A_log", "dt_bias")
     """Split over tensor-parallel ranks with the heads."""
+    per_head = ("decay", "beta")
+    """Projections to one number per head, not to its features."""
     feature_map = "none"
 
     def __init__(
