@@ -39,6 +39,7 @@ def in_segments(model: SpikeLM, tokens: Tensor, state: State, ctx: Context) -> t
     initial = model.init_state(tokens.shape[0], tokens.device, max_len=model.capacity(state))
     cuts = sorted({0, *torch.nonzero(reset.any(0)).flatten().tolist(), tokens.shape[1]})
     pieces = []
+    whole = _tokens(ctx, tokens)
     for start, stop in zip(cuts, cuts[1:], strict=False):
         rows = reset[:, start]
         head = state.get("head")
@@ -46,6 +47,19 @@ def in_segments(model: SpikeLM, tokens: Tensor, state: State, ctx: Context) -> t
         if head is not None:
             state = {**state, "head": head}
         inner = dataclasses.replace(ctx.columns(start, stop), reset=None)
+        if ctx.losses is not None:
+            inner = dataclasses.replace(inner, losses=[])
         h, state = model.hidden(tokens[:, start:stop], state, inner)
         pieces.append(h)
+        if ctx.losses is not None and inner.losses:
+            # Every part's loss is a mean over its tokens: pieces count by theirs, and add up to one mean.
+            share = _tokens(inner, h) / whole
+            ctx.losses.extend((loss * share).to(loss.dtype) for loss in inner.losses)
     return torch.cat(pieces, 1), state
+
+
+def _tokens(ctx: Context, like: Tensor) -> Tensor | float:
+    """Valid tokens of a context, at least one; ``like`` is [B, T, ...]."""
+    if ctx.valid is None:
+        return float(like.shape[0] * like.shape[1])
+    return ctx.valid.sum().clamp(min=1).double()

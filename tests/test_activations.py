@@ -1,4 +1,4 @@
-"""Sigmoid and silu give the same bits at any place of a tensor of any length."""
+"""Sigmoid, silu, logsigmoid and softplus give the same bits at any place of a tensor of any length."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikelm.activations import sigmoid, silu
+from spikelm.activations import logsigmoid, sigmoid, silu, softplus
 
-PAIRS = {"sigmoid": (sigmoid, torch.sigmoid), "silu": (silu, torch.nn.functional.silu)}
+PAIRS = {
+    "sigmoid": (sigmoid, torch.sigmoid),
+    "silu": (silu, torch.nn.functional.silu),
+    "logsigmoid": (logsigmoid, torch.nn.functional.logsigmoid),
+    "softplus": (softplus, torch.nn.functional.softplus),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
