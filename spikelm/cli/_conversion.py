@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from spikelm.model import SpikeLM
     from spikelm.quantisation.calibration import Sample
-    from spikelm.quantisation.spiking import Plan, Request
+    from spikelm.quantisation.spiking import Int8Weights, Plan, Request
     from spikelm.quantisation.text import HeldOut
     from spikelm.tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ class Work:
         model: float32.
         dtypes: parameter name -> dtype in the checkpoint.
         samples: the calibration of every projection.
+        int8: weights as they will be, where they become int8.
         held_out: what is measured on.
         before: its figure there.
         words: tokenizer.
@@ -39,6 +40,7 @@ class Work:
     model: SpikeLM
     dtypes: Mapping[str, torch.dtype]
     samples: Mapping[str, Sample]
+    int8: Int8Weights
     held_out: HeldOut
     before: dict[str, Any]
     words: Tokenizer
@@ -68,7 +70,7 @@ def prepare(
     from spikelm.evaluation.corpus import read_corpus
     from spikelm.evaluation.perplexity import check_vocabulary
     from spikelm.quantisation.calibration import calibrate
-    from spikelm.quantisation.spiking import check_convertible, convertible
+    from spikelm.quantisation.spiking import check_convertible, convertible, int8_weights
     from spikelm.quantisation.text import split
 
     config = read_config(checkpoint)
@@ -111,6 +113,7 @@ def prepare(
         model=model,
         dtypes=dtypes,
         samples=found,
+        int8=int8_weights(model, found, request),
         held_out=held_out,
         before=before,
         words=words,
@@ -127,8 +130,8 @@ def measured(work: Work, request: Request) -> tuple[dict[str, Any], Plan, SpikeL
     from spikelm.quantisation.spiking import convert, plan
 
     with progress("searching", len(work.samples), "projections") as bar:
-        chosen = plan(work.model, work.samples, request, bar.advance)
-    model = convert(work.model, work.samples, chosen, request)
+        chosen = plan(work.model, work.samples, work.int8, request, bar.advance)
+    model = convert(work.model, work.int8, chosen, request)
     if request.head and request.weights == "int8" and model.config.tie_word_embeddings:
         warn("the head shares the embedding's weights, which stay float")
     meter = CountMeter()
@@ -155,7 +158,7 @@ def measured_alike(work: Work, chosen: Plan, request: Request) -> tuple[dict[str
     from spikelm.quantisation.spiking import convert
 
     alike = dataclasses.replace(chosen, choices=chosen.uniform)
-    model = convert(work.model, work.samples, alike, request)
+    model = convert(work.model, work.int8, alike, request)
     meter = CountMeter()
     figure = work.held_out.measure(model, meter).to_dict()
     return totals(projection_rows(work.model, model, alike, meter), alike, meter), figure
