@@ -39,7 +39,7 @@ class Parallel(Part):
     def __init__(self, build: Build, *, branches: Sequence[Mapping[str, Any]] = ()) -> None:
         """Build the branches."""
         super().__init__()
-        if isinstance(branches, (str, Mapping)) or len(branches) < 2:
+        if not isinstance(branches, (list, tuple)) or len(branches) < 2:
             raise ConfigError(
                 f"parallel branches is {branches!r}; expected a list of two mixers or more, "
                 "such as [{name: gla}, {name: swa}]"
