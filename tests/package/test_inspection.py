@@ -123,3 +123,4 @@ def test_refusals(tmp_path: Path) -> None:
 def test_describe() -> None:
     assert describe({"name": "lif", "tau": 2.0, "reset": "hard"}) == "lif(tau=2.0, reset=hard)"
     assert describe({"name": "none"}) == "none"
+    assert describe({"name": "adaptive", "k": 8.485281374238571, "cap": 63}) == "adaptive(k=8.485, cap=63)"
