@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import cast
 
 import torch
@@ -219,8 +220,11 @@ class SpikeLM(nn.Module):
         """Names of decays, time constants and neuron parameters, which stay float32 in low precision."""
         names: set[str] = set()
         for prefix, module in self.named_modules():
-            kept = getattr(module, "full_precision", ())
-            names |= {f"{prefix}.{name}" for name in kept}
+            for name in getattr(module, "full_precision", ()):
+                value = attrgetter(name)(module)
+                # A router may be int8, a bias be left out.
+                if value is not None and value.is_floating_point():
+                    names.add(f"{prefix}.{name}")
             if prefix.endswith("neuron"):
                 names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
         return names

@@ -195,6 +195,18 @@ def test_folders_of_both_worlds(name: str, tmp_path: Path) -> None:
     assert written == expected
 
 
+@torch.no_grad()
+def test_an_int8_router_stays_int8_in_bfloat16(tmp_path: Path) -> None:
+    """The router is kept in float32, and transformers would make floats of whole numbers, too."""
+    from spikelm.hf import SpikeLMForCausalLM
+
+    integers = {"weights": {"name": "int8", "group_size": 16}, "neuron_overrides": {}}
+    save_checkpoint(tmp_path, build("spikingbrain-moe-nano", torch.float32, **integers))
+    own = load_model(tmp_path, dtype=torch.bfloat16)
+    theirs = SpikeLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(theirs(tokens()).logits, own(tokens())[0])
+
+
 def test_auxiliary_losses_of_packed_documents_weigh_what_those_of_one_do() -> None:
     """With sinks a pack is run in pieces; a loss of each would count as often as documents begin."""
     model = build("spikingbrain-moe-nano").train()
