@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spikelm.activations import silu
 from spikelm.errors import ConfigError, nearest
 from spikelm.recurrence import Context, Part, compacted, memory_dtype, zero_invalid
 from spikelm.state import State
@@ -107,4 +108,4 @@ class ShortConvolution(Part):
     def _activate(self, y: Tensor) -> Tensor:
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return F.silu(y) if self.activation == "silu" else y
+        return silu(y) if self.activation == "silu" else y

@@ -67,6 +67,8 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
 
     Attributes:
         training_step: optimiser steps done, for firing-rate schedules; :class:`StepCallback` sets it.
+        expert_loads: path of a mixture of experts -> tokens that this step sent to each expert so far; None
+            where nobody counts (:class:`StepCallback` does).
     """
 
     config_class = SpikeLMConfig
@@ -76,6 +78,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _is_stateful = True
     training_step: int | None = None
+    expert_loads: dict[str, Tensor] | None = None
 
     def _finish(self, core: SpikeLM) -> None:
         """Take the core, and tell transformers what stays in float32, parts of other packages included."""
@@ -200,6 +203,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             else None,
             losses=losses,
             step=0 if losses is None else step_of(self.model, self.training_step),
+            loads=None if losses is None else self.expert_loads,
         )
 
 

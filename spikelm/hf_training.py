@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spikelm.channels.moe import MoE
 from spikelm.errors import ConfigError
 from spikelm.neurons.base import Neuron
 
 
 class StepCallback(TrainerCallback):
     """Tells the model the optimiser step, which firing-rate schedules (``start``, ``ramp``) go by.
+
+    It also moves the biases of mixtures of experts (``loss_free_bias``) after every optimiser step, by the
+    loads of all ranks; without it they stay where they are.
 
     Use it as ``Trainer(model=model, ..., callbacks=[StepCallback()])``. It sets ``training_step`` on every
     SpikeLM inside the trained model, so PEFT and other wrappers do no harm. In a loop of your own, set
@@ -31,6 +36,25 @@ class StepCallback(TrainerCallback):
         for module in () if model is None else model.modules():
             if hasattr(type(module), "training_step"):  # not on wrappers, which pass attributes on
                 setattr(module, "training_step", state.global_step)  # noqa: B010 (nn.Module is typed otherwise)
+                setattr(module, "expert_loads", {})  # noqa: B010
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Sum the loads of the step over the ranks, and let every mixture move its bias."""
+        for module in () if model is None else model.modules():
+            if hasattr(type(module), "expert_loads"):
+                for path, load in sorted(cast("dict[str, Tensor]", module.expert_loads or {}).items()):
+                    load = load.clone()
+                    if dist.is_available() and dist.is_initialized():
+                        dist.all_reduce(load)
+                    cast(MoE, cast(nn.Module, module.model).get_submodule(path)).balance(load)
+                setattr(module, "expert_loads", None)  # noqa: B010
 
 
 def scheduled(model: nn.Module) -> bool:

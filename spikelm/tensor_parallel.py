@@ -176,7 +176,8 @@ def shard(model: nn.Module, group: dist.ProcessGroup | None = None, *, exact: bo
             plans.append(partial(_split_projection, module, ranks, mean))
         elif isinstance(module, Part):
             split = [child for child in module.children() if isinstance(child, Projection) and child.shard]
-            _check_heads(path, module, split, ranks)
+            per_head = [getattr(module, name) for name in getattr(module, "per_head", ())]
+            _check_heads(path, module, [child for child in split if child not in per_head], ranks)
             plans.append(partial(_split_part, module, bool(split), ranks))
     for plan in plans:  # nothing is split unless everything can be
         plan()

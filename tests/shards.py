@@ -29,6 +29,11 @@ ADAPTIVE = {"name": "adaptive", "k": 3.0, "dead_zone": 0.5}
 SWIGLU = {"name": "swiglu", "hidden": 96}
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 GLA = {"mixer": {"name": "gla", **HEADS, "output_gate": "swish", "short_convolution": 3}, "channel": SWIGLU}
+DELTA = {
+    "mixer": {"name": "gated_delta", **HEADS, "allow_negative": True, "qk_norm": True},
+    "channel": SWIGLU,
+}
+MANY = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 4}  # as many decays as features of a head
 SWA = {"mixer": {"name": "swa", **HEADS, "window": 5, "qkv_bias": True, "qk_norm": True}, "channel": SWIGLU}
 FULL = {"mixer": {"name": "attention", **HEADS, "output_bias": True}, "channel": SWIGLU}
 MOE = {
@@ -179,16 +184,17 @@ def main(out: str) -> None:
     dist.init_process_group("gloo")
     hybrid = [GLA, SWA, FULL, MOE, RWKV]
     found = {
-        "hybrid": floats(hybrid),
+        "hybrid": floats([*hybrid, DELTA]),
         "plif": floats([GLA, RWKV], neuron={"name": "plif", "gain": 2.0}),
-        "twin": floats(hybrid, neuron={"name": "none"}),
+        "twin": floats([*hybrid, DELTA], neuron={"name": "none"}),
+        "heads": floats([{"mixer": {"name": "gated_delta", **MANY}, "channel": SWIGLU}]),
         "naive": naive([GLA, SWA]),
         "swiglu": swiglu_alone(True),
         "swiglu int8": swiglu_alone(False),
-        "int8": {
-            str(i): integers([layer], None, True) for i, layer in enumerate([GLA, SWA, FULL, MOE, RWKV])
-        },
+        "int8": {str(i): integers([layer], None, True) for i, layer in enumerate(hybrid)},
         "int8 hybrid": integers(hybrid, None, True),
+        # Float products inside the gated delta rule may round by how many heads they are taken for.
+        "int8 delta": integers([DELTA], None, True),
         "int8 sums": integers(hybrid, None, False),
         "int8 groups": integers([GLA, RWKV], 16, False),
         "int8 weight-only": integers([GLA, RWKV], None, False, neuron={"name": "none"}),

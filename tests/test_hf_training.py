@@ -168,6 +168,25 @@ def test_a_callback_tells_schedules_the_step(tmp_path: Path, peft: bool) -> None
     assert not peft or "training_step" not in vars(model)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_the_callback_moves_the_bias_of_a_mixture(tmp_path: Path, told: bool) -> None:
+    channel = {"name": "moe", "experts": 6, "top_k": 2, "hidden": 8, "loss_free_bias": 0.01}
+    model = small(neuron=neuron(), layers=[{"mixer": {"name": "wkv4"}, "channel": channel}])
+    made = trainer(model, tmp_path, gradient_accumulation_steps=2)
+    loads: list[Tensor] = []
+    moe = model.model.blocks[1].channel
+    original = moe.balance
+    moe.balance = lambda load: (loads.append(load), original(load))
+    if told:
+        made.add_callback(StepCallback())
+    made.train()
+    bias = model.state_dict()["model.blocks.1.channel.expert_bias"]
+    assert [int(load.sum()) for load in loads] == ([2 * 4 * 20 * 2] * 4 if told else [])
+    expected = sum((0.01 * (load.double().mean() - load).sign() for load in loads), torch.zeros(6).double())
+    torch.testing.assert_close(bias.double(), expected, atol=1e-6, rtol=0)
+    assert bool(bias.any()) == told
+
+
 def test_the_step_decides_the_weight_of_the_rate_loss() -> None:
     model, ids = small(neuron=neuron(start=2, ramp=4)), tokens(2, 9)
     plain = model.eval()(ids, labels=ids).loss

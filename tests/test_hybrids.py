@@ -207,25 +207,6 @@ def test_an_int8_router_stays_int8_in_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(theirs(tokens()).logits, own(tokens())[0])
 
 
-def test_auxiliary_losses_of_packed_documents_weigh_what_those_of_one_do() -> None:
-    """With sinks a pack is run in pieces; a loss of each would count as often as documents begin."""
-    model = build("spikingbrain-moe-nano").train()
-    for module in model.modules():  # the z-loss is a mean over tokens, so that pieces add up exactly
-        if hasattr(module, "z_loss"):
-            module.z_loss, module.balance_loss = 0.5, 0.0
-    x = tokens(1)
-    reset = torch.zeros(1, T, dtype=torch.bool)
-    reset[0, 3] = reset[0, 8] = True
-    packed: list[torch.Tensor] = []
-    model.hidden(x, None, Context(reset=reset, losses=packed))
-    expected = torch.zeros((), dtype=torch.float64)
-    for start, stop in ((0, 3), (3, 8), (8, T)):
-        alone: list[torch.Tensor] = []
-        model.hidden(x[:, start:stop], None, Context(losses=alone))
-        expected = expected + sum(alone) * (stop - start) / T
-    torch.testing.assert_close(torch.stack(packed).sum(), expected)
-
-
 def test_sinks_and_filters_are_optimised_as_vectors() -> None:
     """Muon would make them orthogonal, and weight decay would pull them to zero."""
     config = small("spikingbrain-moe-nano").to_dict()

@@ -224,6 +224,13 @@ VARIANTS: list[dict[str, Any]] = [
     {"hidden": 192, "group_size": None, "norm": "rmsnorm"},
     {"hidden": 101},  # no multiple of any vector's width
     {"hidden": 64, "neuron": {"name": "plif"}, "head_neuron": {"name": "lif"}},
+    {
+        "hidden": 64,
+        "layers": [
+            {"mixer": {"name": "wkv4"}, "channel": {"name": "moe", "experts": 4}},
+            {"mixer": {"name": "ssa"}, "channel": {"name": "swiglu"}},
+        ],
+    },
 ]
 
 

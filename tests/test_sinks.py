@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spikelm import state as states
+from spikelm.channels.moe import MoE
 from spikelm.config import ModelConfig
 from spikelm.errors import ConfigError
 from spikelm.model import SpikeLM
@@ -115,3 +116,25 @@ def test_recomputation_gives_the_same_gradients() -> None:
 def test_a_count_that_is_none_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="sink_tokens is .*; expected a whole number"):
         ModelConfig(sink_tokens=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_auxiliary_losses_of_pieces_add_up_to_one_mean(padded: bool) -> None:
+    layers = ({"mixer": {"name": "wkv4"}, "channel": {"name": "moe", "experts": 3, "z_loss": 1.0}},)
+    model = make(layers=layers, neuron={"name": "none"}).train()
+    for part in model.modules():
+        if isinstance(part, MoE):
+            part.balance_loss = 0.0  # a product of two means; the z-loss is a mean over tokens
+    x, reset = tokens(2, 10), torch.zeros(2, 10, dtype=torch.bool)
+    reset[0, 4] = reset[1, 7] = True
+    valid = torch.ones_like(reset)
+    if padded:
+        valid[0, 8:] = False
+    found: list[torch.Tensor] = []
+    model(x, None, Context(reset=reset, valid=valid if padded else None, losses=found))
+    alone = 0.0
+    for row, start, stop in ((0, 0, 4), (0, 4, 8 if padded else 10), (1, 0, 7), (1, 7, 10)):
+        own: list[torch.Tensor] = []
+        model(x[row : row + 1, start:stop], None, Context(losses=own))
+        alone += float(torch.stack(own).sum().detach()) * (stop - start)
+    assert float(torch.stack(found).sum().detach()) == pytest.approx(alone / int(valid.sum()), rel=1e-10)

@@ -53,7 +53,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("model", ["hybrid", "plif", "twin"])
+@pytest.mark.parametrize("model", ["hybrid", "plif", "twin", "heads"])
 def test_a_sharded_model_is_the_whole_one_in_float64(found: dict[str, Any], model: str) -> None:
     """Prefill, step by step, with padding, and the gradient of every weight."""
     numbers = found[model]
@@ -76,7 +76,7 @@ def test_int8_per_channel_has_the_bits_of_the_whole_model(found: dict[str, Any])
 
 
 def test_int8_otherwise_differs_by_rounding(found: dict[str, Any]) -> None:
-    for name in ("int8 sums", "int8 groups", "int8 weight-only"):
+    for name in ("int8 delta", "int8 sums", "int8 groups", "int8 weight-only"):
         assert found[name]["far"] < 1e-4, name
 
 

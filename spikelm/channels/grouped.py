@@ -14,8 +14,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
+from spikelm.activations import silu
 from spikelm.channels.swiglu import PROJECTIONS, SwiGLU
 from spikelm.kernels.dispatch import backend
 from spikelm.neurons.base import Neuron

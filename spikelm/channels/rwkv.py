@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from spikelm.activations import sigmoid
 from spikelm.build import Build
 from spikelm.errors import ConfigError
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
@@ -79,4 +80,4 @@ class RWKVChannel(Part):
         r, new["receptance"] = self.receptance(
             torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
         )
-        return torch.sigmoid(r) * v, new
+        return sigmoid(r) * v, new

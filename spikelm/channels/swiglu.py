@@ -11,8 +11,8 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from spikelm.activations import silu
 from spikelm.build import Build
 from spikelm.errors import ConfigError
 from spikelm.recurrence import Context, Part

@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spikelm.cli._common import JsonOption, console, human_bytes, progress, tokenizer_for, warn, write_json
+from spikelm.cli._common import JsonOption, console, human_bytes, progress, write_json
+from spikelm.cli._conversion import Work, measured, measured_alike, prepare
 
 if TYPE_CHECKING:
-    import torch
-
     from spikelm.codings import Coding
-    from spikelm.model import SpikeLM
-    from spikelm.quantisation.calibration import Sample
-    from spikelm.quantisation.spiking import Plan, Request
-    from spikelm.quantisation.text import HeldOut
-    from spikelm.tokenizer import Tokenizer
+    from spikelm.quantisation.spiking import Request
 
 
 def spike(
@@ -111,7 +106,7 @@ def spike(
     )
     several = None if sweep is None else [dataclasses.replace(request, k=value) for value in _values(sweep)]
     expansion = None if coding is None else build_coding(coding)
-    work = _prepare(
+    work = prepare(
         checkpoint, out, request, calibrate, evaluation, samples, length, max_bytes, batch_size, start,
         tokenizer, overwrite, several is not None,
     )  # fmt: skip
@@ -121,101 +116,17 @@ def spike(
         _convert(work, out, request, expansion, json_file)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Work:
-    checkpoint: Path
-    model: SpikeLM
-    dtypes: Mapping[str, torch.dtype]
-    samples: Mapping[str, Sample]
-    held_out: HeldOut
-    before: dict[str, Any]
-    words: Tokenizer
-    has_tokenizer: bool
-    about: dict[str, Any]
-
-
-def _prepare(
-    checkpoint: Path,
-    out: Path,
-    request: Request,
-    calibration: str,
-    evaluation: str | None,
-    samples: int,
-    length: int,
-    max_bytes: int,
-    batch_size: int,
-    start: str,
-    tokenizer: str | None,
-    overwrite: bool,
-    sweep: bool,
-) -> _Work:
-    """Check everything, then load, measure and calibrate the model as it was trained."""
-    from spikelm.checkpoint import load_model, load_tokenizer, read_config
-    from spikelm.data.source import open_source
-    from spikelm.errors import SpikeLMError
-    from spikelm.evaluation.corpus import read_corpus
-    from spikelm.evaluation.perplexity import check_vocabulary
-    from spikelm.quantisation.calibration import calibrate
-    from spikelm.quantisation.spiking import check_convertible, convertible
-    from spikelm.quantisation.text import split
-
-    config = read_config(checkpoint)
-    check_convertible(config)
-    _check_out(out, checkpoint, overwrite, "sweep.json" if sweep else "config.json")
-    words = tokenizer_for(checkpoint, tokenizer)
-    corpus = read_corpus(open_source(calibration), words, start=start, max_bytes=max_bytes)
-    other = None
-    if evaluation is not None:
-        other = read_corpus(open_source(evaluation), words, start=start, max_bytes=max_bytes)
-        check_vocabulary(other, config.vocab_size)
-    check_vocabulary(corpus, config.vocab_size)
-    windows, held_out = split(corpus, other, samples=samples, length=length, batch_size=batch_size)
-    model = load_model(checkpoint)
-    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-    model = model.float()
-    projections, _ = convertible(model, request.head)
-    before = held_out.measure(model).to_dict()
-    tokens = sum(len(window.inputs) for window in windows)
-    with progress("calibrating", tokens, "tokens") as bar:
-        found = calibrate(model, projections, windows, batch_size=batch_size, advance=bar.advance)
-    try:
-        load_tokenizer(checkpoint)
-        has_tokenizer = True
-    except SpikeLMError:  # converted weights may have none
-        has_tokenizer = tokenizer is not None
-    about = {
-        "calibration": {
-            "source": calibration, "name": corpus.name, "sha256": corpus.sha256,
-            "windows": len(windows), "tokens": tokens, "length": length,
-        },
-        "evaluation": {
-            "source": evaluation or calibration,
-            "name": held_out.corpus.name if other is not None else f"{corpus.name} (its last windows)",
-            "sha256": held_out.corpus.sha256, "tokens": held_out.tokens,
-        },
-    }  # fmt: skip
-    return _Work(
-        checkpoint=checkpoint,
-        model=model,
-        dtypes=dtypes,
-        samples=found,
-        held_out=held_out,
-        before=before,
-        words=words,
-        has_tokenizer=has_tokenizer,
-        about=about,
-    )
-
-
-def _convert(work: _Work, out: Path, request: Request, coding: Coding | None, json_file: Path | None) -> None:
+def _convert(work: Work, out: Path, request: Request, coding: Coding | None, json_file: Path | None) -> None:
     import json
 
     from spikelm.checkpoint import save_checkpoint
     from spikelm.quantisation.report import markdown
 
-    report, chosen, model = _measured(work, request)
+    report, chosen, model = measured(work, request)
     if request.search:
-        report["one_k_for_all"], report["bits_per_byte"]["one k for all"] = _uniform(work, chosen, request)
+        report["one_k_for_all"], report["bits_per_byte"]["one k for all"] = measured_alike(
+            work, chosen, request
+        )
     if coding is not None:
         with progress(f"expanding ({coding.name})", None, "tokens"):
             expanded = work.held_out.measure(model, coding=coding).to_dict()
@@ -231,49 +142,7 @@ def _convert(work: _Work, out: Path, request: Request, coding: Coding | None, js
     write_json(json_file, report)
 
 
-def _measured(work: _Work, request: Request) -> tuple[dict[str, Any], Plan, SpikeLM]:
-    """Search, convert and measure; the report so far, the plan, and the converted model."""
-    from spikelm.codings.meter import CountMeter
-    from spikelm.provenance import git_revision, versions
-    from spikelm.quantisation.report import projection_rows, totals
-    from spikelm.quantisation.spiking import convert, plan
-
-    with progress("searching", len(work.samples), "projections") as bar:
-        chosen = plan(work.model, work.samples, request, bar.advance)
-    model = convert(work.model, work.samples, chosen, request)
-    if request.head and request.weights == "int8" and model.config.tie_word_embeddings:
-        warn("the head shares the embedding's weights, which stay float")
-    meter = CountMeter()
-    after = work.held_out.measure(model, meter).to_dict()
-    rows = projection_rows(work.model, model, chosen, meter)
-    report = {
-        "source": str(work.checkpoint),
-        "request": dataclasses.asdict(request),
-        **work.about,
-        "bits_per_byte": {"as trained": work.before, "converted": after},
-        "totals": totals(rows, chosen, meter),
-        "projections": rows,
-        "config": model.config.to_dict(),
-        "versions": versions(),
-        "git_revision": git_revision(),
-    }
-    return report, chosen, model
-
-
-def _uniform(work: _Work, chosen: Plan, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Spikes and bits per byte of the same weights with one k for all, which the search is to better."""
-    from spikelm.codings.meter import CountMeter
-    from spikelm.quantisation.report import projection_rows, totals
-    from spikelm.quantisation.spiking import convert
-
-    alike = dataclasses.replace(chosen, choices=chosen.uniform)
-    model = convert(work.model, work.samples, alike, request)
-    meter = CountMeter()
-    figure = work.held_out.measure(model, meter).to_dict()
-    return totals(projection_rows(work.model, model, alike, meter), alike, meter), figure
-
-
-def _sweep(work: _Work, out: Path, requests: list[Request], json_file: Path | None) -> None:
+def _sweep(work: Work, out: Path, requests: list[Request], json_file: Path | None) -> None:
     import json
     import shutil
 
@@ -285,7 +154,7 @@ def _sweep(work: _Work, out: Path, requests: list[Request], json_file: Path | No
     points = []
     with progress("measuring", len(requests), "values of k") as bar:
         for request in requests:
-            report, _, _ = _measured(work, request)
+            report, _, _ = measured(work, request)
             after, total = report["bits_per_byte"]["converted"], report["totals"]
             points.append(
                 {
@@ -342,23 +211,6 @@ def _sweep(work: _Work, out: Path, requests: list[Request], json_file: Path | No
         console().print(table)
         console().print(f"{out}: sweep.json, sweep.png (sparsity above: exact windows)")
     write_json(json_file, result)
-
-
-def _check_out(out: Path, checkpoint: Path, overwrite: bool, marker: str) -> None:
-    from spikelm.errors import ConfigError
-
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; give the path of a new folder")
-    if not (out.is_dir() and any(out.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(f"{out} exists and is not empty; choose another folder or say --overwrite")
-    if not (out / marker).is_file():
-        raise ConfigError(f"{out} was not written by this command (no {marker}), so it is not overwritten")
-    if checkpoint.resolve().is_relative_to(out.resolve()):
-        raise ConfigError(
-            f"{checkpoint} lies in {out}, which --overwrite would remove; choose another folder"
-        )
 
 
 def _group_size(text: str) -> int | None:

@@ -38,8 +38,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from spikelm.activations import sigmoid, silu, softplus
 from spikelm.build import Build
 from spikelm.kernels.gated_delta import gated_delta
 from spikelm.mixers.gla import GatedLinearAttention
@@ -74,6 +74,8 @@ class GatedDelta(GatedLinearAttention):
     full_precision = ("A_log", "dt_bias")
     column_vectors = ("A_log", "dt_bias")
     """Split over tensor-parallel ranks with the heads."""
+    per_head = ("decay", "beta")
+    """Projections to one number per head, not to its features."""
     feature_map = "none"
 
     def __init__(
@@ -95,14 +97,14 @@ class GatedDelta(GatedLinearAttention):
         self.dt_bias = nn.Parameter(_initial_steps(groups))
 
     def _activated(self, y: Tensor) -> Tensor:
-        return y if self.convolved else F.silu(y)
+        return y if self.convolved else silu(y)
 
     def gate(self, x: Tensor, raw_key: Tensor, state: State, ctx: Context) -> tuple[Tensor | None, State]:
         """Log alpha = -A softplus(W_a x + b), [.., G]."""
         y, new = self.decay(x, state["decay"], ctx)
         memory = memory_dtype(x)
         rate = torch.exp(self.A_log.to(memory))
-        return -rate * F.softplus(y.to(memory) + self.dt_bias.to(memory)), {"decay": new}
+        return -rate * softplus(y.to(memory) + self.dt_bias.to(memory)), {"decay": new}
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """One token, as the equations above say it."""
@@ -146,7 +148,7 @@ class GatedDelta(GatedLinearAttention):
         """Unit queries [.., H, K] and keys [.., G, K], values, log alpha and beta [.., G], new states."""
         q, k, v, g, new = self._heads(x, position, state, ctx)
         beta, new["beta"] = self.beta(x, state["beta"], ctx)
-        beta = self.strongest * torch.sigmoid(beta.to(memory_dtype(x)))
+        beta = self.strongest * sigmoid(beta.to(memory_dtype(x)))
         return _unit(q), _unit(k), v, cast(Tensor, g), beta, new
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spikelm.activations import logsigmoid, sigmoid, silu
 from spikelm.build import Build
 from spikelm.convolution import ShortConvolution
 from spikelm.errors import ConfigError, nearest
@@ -203,14 +204,14 @@ class GatedLinearAttention(Part):
     def _map(self, x: Tensor) -> Tensor:
         if self.feature_map == "relu":
             return F.relu(x)
-        return torch.sigmoid(x) if self.feature_map == "sigmoid" else x
+        return sigmoid(x) if self.feature_map == "sigmoid" else x
 
     def _finish(self, x: Tensor, o: Tensor, state: State, new: State, ctx: Context) -> tuple[Tensor, State]:
         """From the heads' outputs [.., H, V] to the mixer's [.., D]."""
         y = _normalised(self.output_norm, o).flatten(-2)
         if self.output_gate is not None:
             r, new["output_gate"] = self.output_gate(x, state["output_gate"], ctx)
-            y = y * F.silu(r)
+            y = y * silu(r)
         out, new["output"] = self.output(y, state["output"], ctx)
         return out, new
 
@@ -260,7 +261,7 @@ class GLA(GatedLinearAttention):
         if self.gate_low is not None:
             x, new["gate_low"] = self.gate_low(x, state["gate_low"], ctx)
         y, new["gate_high"] = self.gate_high(x, state["gate_high"], ctx)
-        log_alpha = F.logsigmoid(y.to(memory_dtype(y))) / self.gate_divisor
+        log_alpha = logsigmoid(y.to(memory_dtype(y))) / self.gate_divisor
         return log_alpha.unflatten(-1, (-1, self.head_dim)), new
 
 
@@ -277,7 +278,7 @@ class TiedGLA(GatedLinearAttention):
 
     def gate(self, x: Tensor, raw_key: Tensor, state: State, ctx: Context) -> tuple[Tensor | None, State]:
         """Log (1 - sigmoid(z)) = log sigmoid(-z), exact for any z."""
-        return F.logsigmoid(-raw_key.to(memory_dtype(raw_key))), {}
+        return logsigmoid(-raw_key.to(memory_dtype(raw_key))), {}
 
 
 def _normalised(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from spikelm.activations import sigmoid
 from spikelm.attend import attend, attend_all, attend_one
 from spikelm.build import Build
 from spikelm.errors import ShapeError
@@ -215,7 +216,7 @@ class SoftmaxMixer(Part):
             o = zero_invalid(o, ctx)
         if self.output_gate is not None:
             gate, new["output_gate"] = self.output_gate(x, cast(State, state["output_gate"]), ctx)
-            o = o * torch.sigmoid(gate)
+            o = o * sigmoid(gate)
         y, new["output"] = self.output(o, cast(State, state["output"]), ctx)
         return y, {name: new.get(name, value) for name, value in state.items()}
 

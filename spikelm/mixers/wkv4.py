@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from spikelm.activations import sigmoid
 from spikelm.build import Build
 from spikelm.kernels.wkv4 import wkv4
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
@@ -89,7 +90,7 @@ class WKV4(Part):
         past, now = torch.exp(p + decay - q), torch.exp(k - q)
         new["wkv"] = torch.stack([past * a + now * v, past * b + now, q], 1)
         new["shift"] = x.to(memory)
-        out, new["output"] = self.output(torch.sigmoid(r) * y.to(r.dtype), state["output"], ctx)
+        out, new["output"] = self.output(sigmoid(r) * y.to(r.dtype), state["output"], ctx)
         return out, new
 
     def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
@@ -106,7 +107,7 @@ class WKV4(Part):
             valid=ctx.valid,
         )
         new["shift"] = shift
-        out, new["output"] = self.output(torch.sigmoid(r) * y, state["output"], ctx)
+        out, new["output"] = self.output(sigmoid(r) * y, state["output"], ctx)
         return out, new
 
     def _project(

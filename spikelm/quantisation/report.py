@@ -146,8 +146,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         )
         if found is not None and alike is not None:
             lines += [
-                f"Ones per count, weighted by multiply-accumulates: {found:.4f} converted, {alike:.4f} with one "
-                "k for all (the budget, there on the calibration rows).",
+                f"Ones per count, weighted by multiply-accumulates: {found:.4f} converted, {alike:.4f} with "
+                "one k for all (the budget, there on the calibration rows).",
                 "",
             ]
     lines += [
@@ -222,7 +222,7 @@ def _coding_lines(codings: Mapping[str, Any]) -> list[str]:
         if "not_applicable" in entry:
             rows.append([name, entry["not_applicable"], "-", "-", "-", "-"])
             continue
-        windows = [("exact", entry["exact"]), *((f"|n| <= {n}", w) for n, w in entry["windows"].items())]
+        windows = [("exact", entry["exact"]), *((f"counts to {n}", w) for n, w in entry["windows"].items())]
         for label, figures in windows:
             cells = [name, label, str(figures["steps"]), f"{figures['events_per_channel']:.4f}"]
             rows.append([*cells, f"{figures['sparsity']:.4f}", f"{figures['cut']:.4f}"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from spikelm.recurrence import EMPTY
 from spikelm.weights import Int8Linear, dequantise, quantise
 
 Advance = Callable[[int], None]
+Int8Weights = Mapping[str, tuple[Tensor, Tensor]]
+"""Path -> int8 values [O, D] and float32 scales [O, groups]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,8 @@ def check_convertible(config: ModelConfig) -> None:
     """Refuse models that cannot be converted.
 
     Raises:
-        ConfigError: the model spikes after its parts, or has int8 weights already.
+        ConfigError: the model spikes after its parts, has int8 weights already, or has a part whose own
+            neurons depend on whether its projections have some.
     """
     if config.placement == "after" and config.neuron["name"] != "none":
         raise ConfigError(
@@ -100,6 +103,28 @@ def check_convertible(config: ModelConfig) -> None:
         raise ConfigError(
             "the checkpoint has int8 weights already; convert the float checkpoint that it was made from"
         )
+    before = _outside_projections(config)
+    spiking = dataclasses.replace(
+        config, placement="before", neuron={"name": "adaptive"}, neuron_overrides={}
+    )
+    after = _outside_projections(spiking)
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path):
+            raise ConfigError(
+                f"{path} would be {after.get(path, 'nothing')} in place of {before.get(path, 'nothing')}: "
+                "this part has neurons of its own once its projections spike, and they were not trained; "
+                "convert the spiking model, not its continuous twin"
+            )
+
+
+def _outside_projections(config: ModelConfig) -> dict[str, str]:
+    """Path -> class of every module of a model that is not part of a projection."""
+    with torch.device("meta"):
+        model = SpikeLM(config)
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Projection))
+    return {
+        path: type(module).__name__ for path, module in model.named_modules() if not path.startswith(inside)
+    }
 
 
 def convertible(model: SpikeLM, head: bool = False) -> tuple[dict[str, Projection], dict[str, str]]:
@@ -123,23 +148,38 @@ def takes_int8(config: ModelConfig, path: str, request: Request) -> bool:
     return path != "head" or (request.head and not config.tie_word_embeddings)
 
 
-def int8_of(weight: Tensor, sample: Sample | None, request: Request) -> tuple[Tensor, Tensor]:
-    """Int8 values and scales; with the search, the clipping that suits the calibration rows."""
-    if not request.search:
-        return quantise(weight.float(), request.group_size)
-    importance = None if sample is None else sample.rows.square().mean(0).to(weight.device)
-    return quantise(weight.float(), request.group_size, clip="mse", importance=importance)
+@torch.no_grad()
+def int8_weights(model: SpikeLM, samples: Mapping[str, Sample], request: Request) -> Int8Weights:
+    """Int8 values and scales of every projection that takes them, whatever k will be.
+
+    With the search, scales are clipped so as to suit the calibration rows.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, Projection) or not takes_int8(model.config, path, request):
+            continue
+        weight = cast(Tensor, module.linear.weight).float()
+        clip: float | str = "mse" if request.search else 1.0
+        rows = samples[path].rows if path in samples and request.search else None
+        importance = None if rows is None else rows.square().mean(0).to(weight.device)
+        found[path] = quantise(weight, request.group_size, clip=clip, importance=importance)
+    return found
 
 
 @torch.no_grad()
 def plan(
-    model: SpikeLM, samples: Mapping[str, Sample], request: Request, advance: Advance | None = None
+    model: SpikeLM,
+    samples: Mapping[str, Sample],
+    int8: Int8Weights,
+    request: Request,
+    advance: Advance | None = None,
 ) -> Plan:
     """Choose neurons for a model.
 
     Args:
         model: as it was trained.
         samples: its calibration.
+        int8: its weights as :func:`int8_weights` gives them.
         request: what is asked for.
         advance: called with projections done.
     """
@@ -149,7 +189,7 @@ def plan(
     sizes = {path: module.in_features * module.out_features for path, module in projections.items()}
     unseen = tuple(path for path in projections if path not in samples)
     for path, sample in samples.items():
-        trial = _trial(model, path, projections[path], sample, request)
+        trial = _trial(projections[path], sample, int8.get(path), request)
         dead_zone = _dead_zone(projections[path], request)
         uniform[path] = trial.choice(request.k, CAPS[-1], dead_zone)
         if request.search:
@@ -161,18 +201,17 @@ def plan(
     budget = sum(sizes[path] * choice.ones for path, choice in uniform.items())
     choices = allocate(options, sizes, budget)
     for path, choice in choices.items():
-        trial = _trial(model, path, projections[path], samples[path], request)
+        trial = _trial(projections[path], samples[path], int8.get(path), request)
         choices[path] = trial.capped(choice)
     return Plan(choices=choices, uniform=uniform, unseen=unseen, kept=kept, sizes=sizes)
 
 
-def _trial(model: SpikeLM, path: str, projection: Projection, sample: Sample, request: Request) -> Trial:
-    weight = projection.linear.weight
-    assert isinstance(weight, Tensor)
+def _trial(
+    projection: Projection, sample: Sample, int8: tuple[Tensor, Tensor] | None, request: Request
+) -> Trial:
+    weight = cast(Tensor, projection.linear.weight)
     before = weight.detach().float().cpu()
-    after = before
-    if takes_int8(model.config, path, request):
-        after = dequantise(*int8_of(before, sample, request), request.group_size)
+    after = before if int8 is None else dequantise(*int8, request.group_size).cpu()
     spikes, scale, _ = projection.neuron.encode(sample.rows.to(weight.device), {}, EMPTY)
     target = (spikes if scale is None else spikes * scale).float().cpu()
     return Trial(sample, target, before, after)
@@ -213,7 +252,7 @@ def spiking_config(config: ModelConfig, plan: Plan, request: Request) -> ModelCo
 
 
 @torch.no_grad()
-def convert(model: SpikeLM, samples: Mapping[str, Sample], plan: Plan, request: Request) -> SpikeLM:
+def convert(model: SpikeLM, int8: Int8Weights, plan: Plan, request: Request) -> SpikeLM:
     """The converted model, in evaluation mode; ``model`` stays as it is (float tensors are shared).
 
     Raises:
@@ -226,8 +265,7 @@ def convert(model: SpikeLM, samples: Mapping[str, Sample], plan: Plan, request: 
     weights = {name: value for name, value in model.state_dict().items() if name in wanted}
     for path, module in new.named_modules():
         if isinstance(module, Projection) and isinstance(module.linear, Int8Linear):
-            values, scales = int8_of(weights[f"{path}.linear.weight"], samples.get(path), request)
-            weights[f"{path}.linear.weight"], weights[f"{path}.linear.scales"] = values, scales
+            weights[f"{path}.linear.weight"], weights[f"{path}.linear.scales"] = int8[path]
     check_weights(new, weights, "the converted model")
     new.load_state_dict(weights, assign=True)
     new.tie_weights()

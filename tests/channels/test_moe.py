@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, cast
 
@@ -221,8 +222,6 @@ def test_an_expert_with_memory_is_refused(neuron: dict[str, Any]) -> None:
 
 
 def test_router_and_shared_experts_may_remember() -> None:
-    import dataclasses
-
     mixed = dataclasses.replace(
         config({"name": "lif"}, shared=1), neuron_overrides={"*.experts.*": {"name": "adaptive"}}
     )
@@ -348,6 +347,29 @@ def test_recomputation_counts_once() -> None:
     assert all(int(load.sum()) == 2 * 12 for load in once.values())
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_int8_is_equal_to_the_bit_in_any_batch(router: str) -> None:
+    """Exact products: neither the choice nor the result depends on what else is there."""
+    from spikelm.weights import Int8Linear
+
+    torch.manual_seed(0)
+    int8 = dataclasses.replace(
+        config(ADAPTIVE, router=router, shared=1, experts=6, hidden=24), weights={"name": "int8"}
+    )
+    moe = cast(MoE, SpikeLM(int8).blocks[0].channel).eval()
+    for module in moe.modules():
+        if isinstance(module, Int8Linear):
+            module.load_float(torch.randn(module.out_features, module.in_features))
+    x = inputs(5, 9).float()
+    with torch.no_grad():
+        whole, _ = moe(x)
+        for row in range(5):
+            assert torch.equal(moe(x[row : row + 1])[0][0], whole[row])
+        for t in range(9):
+            assert torch.equal(moe(x[:, t])[0], whole[:, t])
+    assert whole.abs().mean() > 0
 
 
 def test_random_numbers_follow_the_token() -> None:

@@ -34,6 +34,33 @@ NEURONS: dict[str, list[dict[str, Any]]] = {
     "heaviside": [{}, {"threshold": 0.4, "gain": 2.0, "surrogate": "triangle"}],
 }
 MIXERS: dict[str, list[dict[str, Any]]] = {
+    "ssa": [
+        {},
+        {
+            "neuron": {"name": "lif", "threshold": 0.4},
+            "num_heads": 2,
+            "decay": "learned",
+            "token_shift": True,
+        },
+        {"neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False, "norm": False},
+        {
+            "causal": False,
+            "attention_neuron": {"name": "plif", "threshold": 0.3},
+            "head_dim": 4,
+            "scale": 2.0,
+        },
+    ],
+    "sdsa": [
+        {
+            "neuron": {"name": "lif", "threshold": 0.4},
+            "num_heads": 2,
+            "decay": "learned",
+            "token_shift": True,
+        },
+        {"version": 2, "neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False},
+        {"version": 2, "norm": False},
+        {"causal": False, "neuron": {"name": "heaviside"}},
+    ],
     "gated_delta": [
         {},
         {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "qk_norm": True, "short_convolution": 3},
@@ -64,31 +91,6 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "output_gate": True, "output_bias": True},
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4, "partial_rotary_factor": 0.5},
     ],
-    "ssa": [
-        {},
-        {
-            "neuron": {"name": "lif", "threshold": 0.4},
-            "num_heads": 2,
-            "decay": "learned",
-            "token_shift": True,
-        },
-        {"neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False, "norm": False},
-        {"attention_neuron": {"name": "plif", "threshold": 0.3}, "head_dim": 4, "scale": 2.0},
-        {"causal": False, "num_heads": 2, "token_shift": True},
-    ],
-    "sdsa": [
-        {},
-        {
-            "neuron": {"name": "lif", "threshold": 0.4},
-            "num_heads": 2,
-            "decay": "learned",
-            "token_shift": True,
-        },
-        {"version": 2, "neuron": {"name": "heaviside"}, "num_heads": 4, "decay": "fixed", "mean": False},
-        {"version": 2, "norm": False},
-        {"causal": False, "neuron": {"name": "heaviside"}},
-        {"causal": False, "version": 2, "num_heads": 2},
-    ],
     "parallel": [
         {"branches": [{"name": "wkv4"}, {"name": "wkv4"}]},
         {"branches": [{"name": "swa", "window": 3}, {"name": "attention", "num_heads": 2}]},
@@ -102,7 +104,7 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 CHANNELS: dict[str, list[dict[str, Any]]] = {
-    "mlp": [{}, {"expand": 1.5, "norm": False, "activation": "none"}, {"activation": "relu2"}],
+    "mlp": [{}, {"expand": 1.5, "norm": False, "activation": "none"}],
     "moe": [
         {"experts": 4, "hidden": 6},
         {"experts": 5, "top_k": 3, "hidden": 4, "shared": 2, "shared_hidden": 6, "router": "sigmoid"},

@@ -82,6 +82,17 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in shown
 
 
+def test_mixtures_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    """76B parameters, 12B of which one token uses, as the preset's name says."""
+    large = inspect_model("spikingbrain-76b-a12b")
+    assert large.parameters == 76_878_154_808 and large.active_parameters == 12_717_100_088
+    assert main(["inspect", "spikingbrain-moe-nano"]) == 0
+    shown = capsys.readouterr().out
+    assert "active per token" in shown and "channel.experts.0 to 7.gate" in shown
+    assert main(["inspect", "spikegpt-46m-sd"]) == 0
+    assert "active per token" not in capsys.readouterr().out
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         inspect_model(tmp_path)

@@ -7,11 +7,19 @@ import torch
 
 from spikelm import presets
 from spikelm.config import ModelConfig
+from spikelm.errors import ConfigError
 from spikelm.evaluation.segments import disjoint
 from spikelm.model import SpikeLM
 from spikelm.projection import Projection
 from spikelm.quantisation.calibration import calibrate
-from spikelm.quantisation.spiking import Request, check_convertible, convert, convertible, plan
+from spikelm.quantisation.spiking import (
+    Request,
+    check_convertible,
+    convert,
+    convertible,
+    int8_weights,
+    plan,
+)
 from spikelm.weights import Int8Linear
 
 NANO = [
@@ -29,13 +37,18 @@ def test_nano_presets(name: str) -> None:
     torch.manual_seed(0)
     model = SpikeLM(ModelConfig.from_yaml(name, **fields)).eval()
     request = Request(k=3.0, group_size=64)
+    if name == "spikformer-lm-nano-twin":
+        with pytest.raises(ConfigError, match="convert the spiking model, not its continuous twin"):
+            check_convertible(model.config)
+        return
     check_convertible(model.config)
     projections, kept = convertible(model)
     tokens = torch.randint(0, 64, (80,), dtype=torch.int32).numpy()
     samples = calibrate(model, projections, list(disjoint([tokens], 16)), batch_size=3)
-    chosen = plan(model, samples, request)
+    int8 = int8_weights(model, samples, request)
+    chosen = plan(model, samples, int8, request)
     assert set(chosen.choices) | set(chosen.unseen) == set(projections)
-    new = convert(model, samples, chosen, request)
+    new = convert(model, int8, chosen, request)
     for path, module in new.named_modules():
         if isinstance(module, Projection) and path.startswith("blocks."):
             assert isinstance(module.linear, Int8Linear)

@@ -279,3 +279,16 @@ def test_a_published_model(data_dir: Path, tmp_path: Path) -> None:
         == sum(r["bytes_bfloat16"] for r in blocks.values()) * 16.5
     )
     assert total["mean_over_projections"]["counts_up_to_7"] > 0.9
+
+
+def test_tables_of_the_page_are_even(converted: SimpleNamespace) -> None:
+    """Every row of a Markdown table has as many cells as its heading."""
+    lines = (converted.out / "spike_report.md").read_text().splitlines()
+    tables = 0
+    for above, line in zip(lines, lines[1:], strict=False):
+        if line.startswith("|"):
+            if above.startswith("|"):
+                assert above.count("|") == line.count("|"), line
+            else:
+                tables += 1
+    assert tables == 4
