@@ -65,8 +65,8 @@ def in_segments(
         h, state = model.features(tokens[:, start:stop], state, inner)
         pieces.append(h)
         if ctx.losses is not None:
-            share = counted[:, start:stop].sum() / total
-            ctx.losses.extend(loss * share.to(loss.dtype) for loss in losses)
+            share = counted[:, start:stop].sum().double() / total
+            ctx.losses.extend((loss * share).to(loss.dtype) for loss in losses)
     features = torch.cat(pieces, 1)
     if missing:
         features = features + _made_up(model, tokens, state, initial, missing)
