@@ -39,7 +39,7 @@ class Parallel(Part):
     def __init__(self, build: Build, *, branches: Sequence[Mapping[str, Any]] = ()) -> None:
         """Build the branches."""
         super().__init__()
-        if isinstance(branches, (str, Mapping)) or len(branches) < 2:
+        if not isinstance(branches, (list, tuple)) or len(branches) < 2:
             raise ConfigError(
                 f"parallel branches is {branches!r}; expected a list of two mixers or more, "
                 "such as [{name: gla}, {name: swa}]"
@@ -77,6 +77,7 @@ class Parallel(Part):
         total: Tensor | None = None
         for index, name in enumerate(self.names):
             y, new[name] = self.get_submodule(name)(x, state[name], ctx)
-            y = self.get_submodule(f"norm{index}")(y) * self.weight[index].to(y.dtype)
+            norm = cast(nn.RMSNorm, self.get_submodule(f"norm{index}"))
+            y = norm(y.to(norm.weight.dtype)).to(y.dtype) * self.weight[index].to(y.dtype)
             total = y if total is None else total + y
         return cast(Tensor, total), new
