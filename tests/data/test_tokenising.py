@@ -162,6 +162,8 @@ def test_a_kill_at_any_moment_is_continued(text: Path, expected: TokenStore, tmp
         killed += 1
         count = len(list(tmp_path.glob(SHARDS)))
         assert count > before
+        if count == len(expected.index.shards):  # only the index is missing: the last shard is made again
+            break
     assert killed >= 1 and count >= killed
     process = start(text, tmp_path, 1)
     out, err = process.communicate(timeout=100)
