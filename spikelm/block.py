@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spikelm.build import Build
 from spikelm.config import NO_NEURON, ModelConfig, Spec, check_spec
+from spikelm.errors import ConfigError
 from spikelm.neurons.base import Neuron, build_neuron, build_part
 from spikelm.norms import make_norm
 from spikelm.projection import Projection
@@ -124,5 +125,10 @@ def build_child(config: ModelConfig, layer: int, prefix: str, kind: str, name: s
         sink_tokens=config.sink_tokens,
     )
     registry = mixers if kind == "mixer" else channels
-    part: Part = build_part(f"{kind} {part_name!r}", registry.get(part_name), options, build)
+    try:
+        part: Part = build_part(f"{kind} {part_name!r}", registry.get(part_name), options, build)
+    except ConfigError as error:
+        if str(error).startswith(f"{prefix}{name}"):  # said by a part inside this one, or by this one
+            raise
+        raise ConfigError(f"{prefix}{name}: {error}") from error
     return part

@@ -130,7 +130,10 @@ class ModelConfig:
             for name, spec in layer.items():
                 check_spec(name, spec)
         for key in ("neuron_overrides", "weight_overrides"):
-            for name, spec in getattr(self, key).items():
+            overrides = getattr(self, key)
+            if not isinstance(overrides, Mapping):
+                raise ConfigError(f"{key} is {overrides!r}; expected a mapping of path patterns to parts")
+            for name, spec in overrides.items():
                 check_spec(f"{key}[{name!r}]", spec)
 
         if self.tie_word_embeddings and self.projection_weights("head")["name"] == "int8":

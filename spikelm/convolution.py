@@ -38,6 +38,8 @@ class ShortConvolution(Part):
 
     shard = "column"
     """Tensor parallelism splits the features with the projection in front."""
+    vector_parameters = ("weight",)
+    """Optimisers treat them as vectors: a filter per feature."""
 
     def __init__(self, features: int, kernel: int, activation: str = "silu", bias: bool = False) -> None:
         """Weights as ``nn.Conv1d`` draws them, uniform in +-kernel^-1/2; a bias of zero."""

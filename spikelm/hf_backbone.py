@@ -47,8 +47,8 @@ class Backbone:
 
         Raises:
             ConfigError: for an unknown argument; for a spiking head, whose weights may not be multiplied with
-                the features themselves; and in training for neurons with a ``rate_target``, whose auxiliary
-                loss is part of the model's own loss only.
+                the features themselves; and in training for auxiliary losses (of a ``rate_target`` or
+                mixture of experts), which are part of the model's own loss only.
         """
         model = self._model
         loss_arguments(kwargs, model.config, position_ids is not None)
@@ -63,7 +63,8 @@ class Backbone:
         features, _ = model.model.hidden(input_ids, None, ctx)
         if losses:
             raise ConfigError(
-                "this model has auxiliary losses (rate_target), which a loss computed outside the model "
-                "lacks; train with the model's own loss, or take rate_target out of the neuron"
+                "this model has auxiliary losses (rate_target of a neuron; balance_loss, z_loss of a moe), "
+                "which a loss computed outside the model lacks; train with the model's own loss, or take "
+                "them out of the configuration"
             )
         return BaseModelOutputWithPast(last_hidden_state=features)

@@ -47,7 +47,7 @@ def initialise(model: SpikeLM) -> None:
         return
     spread = model.config.initializer_range
     if model.sinks is not None:
-        model.sinks.normal_(std=0.02 if spread is None else spread)
+        model.sinks.weight.normal_(std=0.02 if spread is None else spread)
     zero: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, WKV4):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ from spikelm.norms import make_norm
 from spikelm.projection import Projection
 from spikelm.recurrence import EMPTY, Context, Part, zero_invalid
 from spikelm.segments import in_segments
+from spikelm.sinks import Sinks
 from spikelm.state import State
 from spikelm.weights import Int8Linear
 
@@ -50,7 +52,7 @@ class SpikeLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.embedding_neuron = build_neuron(config.embedding_neuron, D)
         self.embedding_norm = make_norm(config, D) if config.embedding_norm else None
-        self.sinks = nn.Parameter(torch.zeros(config.sink_tokens, D)) if config.sink_tokens else None
+        self.sinks = Sinks(config.sink_tokens, D) if config.sink_tokens else None
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = make_norm(config, D)
         self.head = make_projection(config, "", "head", D, config.vocab_size, False) if with_head else None
@@ -88,7 +90,7 @@ class SpikeLM(nn.Module):
         if self.sinks is None:
             return self.empty_state(batch, device, dtype, max_len)
         state = self.empty_state(1, device, dtype, max_len)
-        x, ctx = self.sinks[None], replace(EMPTY, sinks=True)
+        x, ctx = self.sinks(), replace(EMPTY, sinks=True)
         for (block, own), name in zip(self._blocks_with(state), _names(self.blocks), strict=True):
             x, state[name] = block(x, own, ctx)
         return states.select_rows(state, torch.zeros(batch, dtype=torch.int64, device=x.device))
@@ -172,10 +174,16 @@ class SpikeLM(nn.Module):
     ) -> tuple[Tensor, State]:
         """Normalised features before the head, [B, T, D] (or [B, D]); the head's state is passed on."""
         self._check(tokens, state, ctx)
+        initial = None
         if state is None:
-            state = self.init_state(tokens.shape[0], tokens.device, max_len=self._length(tokens))
-        if self.sinks is not None and ctx.reset is not None:
-            return in_segments(self, tokens, state, ctx)
+            initial = self.init_state(tokens.shape[0], tokens.device, max_len=self._length(tokens))
+            state = initial
+        if self.sinks is not None and tokens.dim() == 2:
+            return in_segments(self, tokens, state, ctx, initial)
+        return self.features(tokens, state, ctx)
+
+    def features(self, tokens: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """:meth:`hidden` in one pass: for a model without sinks, or tokens without reset."""
         new: State = {}
         try:
             x = self.embedding(tokens)
@@ -213,8 +221,11 @@ class SpikeLM(nn.Module):
         """Names of decays, time constants and neuron parameters, which stay float32 in low precision."""
         names: set[str] = set()
         for prefix, module in self.named_modules():
-            kept = getattr(module, "full_precision", ())
-            names |= {f"{prefix}.{name}" for name in kept}
+            for name in getattr(module, "full_precision", ()):
+                value = attrgetter(name)(module)
+                # A router may be int8, a bias be left out.
+                if value is not None and value.is_floating_point():
+                    names.add(f"{prefix}.{name}")
             if prefix.endswith("neuron"):
                 names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
         return names

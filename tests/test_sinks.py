@@ -29,7 +29,7 @@ def test_the_initial_state_has_seen_the_sinks() -> None:
     model = make()
     with torch.no_grad():
         start = states.flatten(model.init_state(2))
-        model.sinks += 1.0
+        model.sinks.weight += 1.0
         moved = states.flatten(model.init_state(2))
     assert any(not torch.equal(start[name], moved[name]) for name in start)
     for value in start.values():
@@ -43,7 +43,7 @@ def test_sinks_are_a_prefix_for_parts_that_look_back_only() -> None:
     logits, _ = model(x)
     with torch.no_grad():
         embedded = model.embedding_norm(model.embedding(x))
-        h = torch.cat([model.sinks.expand(2, -1, -1), embedded], 1)
+        h = torch.cat([model.sinks().expand(2, -1, -1), embedded], 1)
         for block in model.blocks:
             h, _ = block(h)
         expected = model.head(model.norm(h[:, 3:]))[0]
@@ -54,8 +54,8 @@ def test_sinks_learn() -> None:
     model = make()
     logits, _ = model(tokens())
     logits.square().mean().backward()
-    assert model.sinks is not None and model.sinks.grad is not None
-    assert (model.sinks.grad.abs().sum(1) > 0).all()
+    assert model.sinks is not None and model.sinks.weight.grad is not None
+    assert (model.sinks.weight.grad.abs().sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -6,8 +6,11 @@ Groups (every trainable parameter is in exactly one):
 | --- | --- | --- |
 | matrices | two or more dimensions larger than one | yes (none for ``adam``) |
 | hidden (``muon`` only) | matrices of the blocks, without embedding and head | yes |
-| vectors | gains, biases, token-shift mixtures | no |
-| neurons | decays, thresholds, time constants: ``model.fp32_parameters()`` | no |
+| vectors | gains, biases, token-shift mixtures, sink tokens, filters of short convolutions | no |
+| neurons | decays, thresholds, time constants, routers: ``model.fp32_parameters()`` | no |
+
+Sink tokens [n, D] and filters [D, n] are rows of vectors and no matrices: modules name such parameters in
+``vector_parameters``. Muon, which makes an update orthogonal, is not for them, nor is weight decay.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def parameter_groups(model: SpikeLM) -> ParameterGroups:
     Raises:
         TrainingError: a parameter is not fp32 (or fp64): master weights must be.
     """
-    kept = model.fp32_parameters()
+    kept, rows = model.fp32_parameters(), _rows_of_vectors(model)
     outer = _embedding_and_head(model)
     groups = ParameterGroups(hidden=[], matrices=[], vectors=[], neurons=[])
     for name, parameter in model.named_parameters():
@@ -85,13 +88,23 @@ def parameter_groups(model: SpikeLM) -> ParameterGroups:
             )
         if name in kept:
             groups.neurons.append((name, parameter))
-        elif sum(size > 1 for size in parameter.shape) < 2:
+        elif id(parameter) in rows or sum(size > 1 for size in parameter.shape) < 2:
             groups.vectors.append((name, parameter))
         elif parameter.dim() == 2 and id(parameter) not in outer:
             groups.hidden.append((name, parameter))
         else:
             groups.matrices.append((name, parameter))
     return groups
+
+
+def _rows_of_vectors(model: nn.Module) -> set[int]:
+    """Identities of the parameters that modules name in ``vector_parameters``."""
+    return {
+        id(getattr(module, name))
+        for module in model.modules()
+        for name in getattr(module, "vector_parameters", ())
+        if getattr(module, name) is not None
+    }
 
 
 def _embedding_and_head(model: SpikeLM) -> set[int]:

@@ -77,6 +77,7 @@ class Parallel(Part):
         total: Tensor | None = None
         for index, name in enumerate(self.names):
             y, new[name] = self.get_submodule(name)(x, state[name], ctx)
-            y = self.get_submodule(f"norm{index}")(y) * self.weight[index].to(y.dtype)
+            norm = cast(nn.RMSNorm, self.get_submodule(f"norm{index}"))
+            y = norm(y.to(norm.weight.dtype)).to(y.dtype) * self.weight[index].to(y.dtype)
             total = y if total is None else total + y
         return cast(Tensor, total), new

@@ -70,6 +70,8 @@ def projection_rows(
 
 
 def _status(path: str, plan: Plan, module: Projection) -> str:
+    if path in plan.exact:
+        return f"stays in full precision (neuron {plan.kept[path]})"
     if path in plan.kept:
         return f"keeps its binary neuron ({plan.kept[path]})"
     if path in plan.unseen:

@@ -3,6 +3,7 @@
 - A projection without a neuron, or with ``adaptive``, gets ``adaptive`` with its own k and cap.
 - A projection whose neuron is binary (lif, heaviside, ...) has spikes as its input already and keeps it.
 - The head keeps what it has unless asked for.
+- What a part keeps in full precision (the router of a mixture of experts) stays as it is.
 - A model that spikes AFTER its parts cannot be expressed so: one placement is one neuron for all.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spikelm.checkpoint import check_weights
-from spikelm.config import ModelConfig
+from spikelm.config import FLOAT, ModelConfig
 from spikelm.errors import ConfigError
 from spikelm.model import SpikeLM
 from spikelm.projection import Projection
@@ -75,7 +76,8 @@ class Plan:
         choices: path -> neuron and its figures on the calibration rows.
         uniform: the same with one k for all.
         unseen: projections that saw no calibration token and get the k that was asked for.
-        kept: path -> binary neuron that stays.
+        kept: path -> neuron that stays: a binary one, or any before weights in full precision.
+        exact: those among them whose weights stay float.
         sizes: path -> weights of the projection, for means weighted by multiply-accumulates.
     """
 
@@ -83,6 +85,7 @@ class Plan:
     uniform: Mapping[str, Choice]
     unseen: tuple[str, ...]
     kept: Mapping[str, str]
+    exact: tuple[str, ...]
     sizes: Mapping[str, int]
 
 
@@ -128,17 +131,28 @@ def _outside_projections(config: ModelConfig) -> dict[str, str]:
 
 
 def convertible(model: SpikeLM, head: bool = False) -> tuple[dict[str, Projection], dict[str, str]]:
-    """Projections that get ``adaptive``, and path -> name of those whose binary neuron stays."""
+    """Projections that get ``adaptive``, and path -> neuron of those that keep theirs."""
+    exact = in_full_precision(model)
     chosen: dict[str, Projection] = {}
     kept: dict[str, str] = {}
     for path, module in model.named_modules():
         if not isinstance(module, Projection) or (path == "head" and not head):
             continue
-        if module.neuron.spiking and not hasattr(module.neuron, "cap"):
+        if path in exact or (module.neuron.spiking and not hasattr(module.neuron, "cap")):
             kept[path] = str(model.config.input_neuron(path)["name"])
         else:
             chosen[path] = module
     return chosen, kept
+
+
+def in_full_precision(model: SpikeLM) -> tuple[str, ...]:
+    """Projections whose weights a part keeps in float32, whatever the rest of the model is."""
+    kept = model.fp32_parameters()
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, Projection) and f"{path}.linear.weight" in kept
+    )
 
 
 def takes_int8(config: ModelConfig, path: str, request: Request) -> bool:
@@ -155,8 +169,11 @@ def int8_weights(model: SpikeLM, samples: Mapping[str, Sample], request: Request
     With the search, scales are clipped so as to suit the calibration rows.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    exact = in_full_precision(model)
     for path, module in model.named_modules():
-        if not isinstance(module, Projection) or not takes_int8(model.config, path, request):
+        if not isinstance(module, Projection) or path in exact:
+            continue
+        if not takes_int8(model.config, path, request):
             continue
         weight = cast(Tensor, module.linear.weight).float()
         clip: float | str = "mse" if request.search else 1.0
@@ -184,6 +201,7 @@ def plan(
         advance: called with projections done.
     """
     projections, kept = convertible(model, request.head)
+    exact = in_full_precision(model)
     uniform: dict[str, Choice] = {}
     options: dict[str, list[Choice]] = {}
     sizes = {path: module.in_features * module.out_features for path, module in projections.items()}
@@ -197,13 +215,13 @@ def plan(
         if advance is not None:
             advance(1)
     if not request.search:
-        return Plan(choices=uniform, uniform=uniform, unseen=unseen, kept=kept, sizes=sizes)
+        return Plan(choices=uniform, uniform=uniform, unseen=unseen, kept=kept, exact=exact, sizes=sizes)
     budget = sum(sizes[path] * choice.ones for path, choice in uniform.items())
     choices = allocate(options, sizes, budget)
     for path, choice in choices.items():
         trial = _trial(projections[path], samples[path], int8.get(path), request)
         choices[path] = trial.capped(choice)
-    return Plan(choices=choices, uniform=uniform, unseen=unseen, kept=kept, sizes=sizes)
+    return Plan(choices=choices, uniform=uniform, unseen=unseen, kept=kept, exact=exact, sizes=sizes)
 
 
 def _trial(
@@ -247,7 +265,8 @@ def spiking_config(config: ModelConfig, plan: Plan, request: Request) -> ModelCo
         neuron_overrides=overrides,
         head_neuron=head,
         weights=weights,
-        weight_overrides={"head": weights} if head_int8 else {},
+        weight_overrides=({path: dict(FLOAT) for path in plan.exact} if request.weights == "int8" else {})
+        | ({"head": weights} if head_int8 else {}),
     )
 
 

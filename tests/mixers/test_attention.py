@@ -356,8 +356,8 @@ def test_gradients_reach_the_sinks_of_a_model() -> None:
     tokens = torch.randint(0, 11, (2, 12))
     logits, _ = model(tokens)
     logits.square().sum().backward()
-    assert model.sinks is not None and model.sinks.grad is not None
-    assert model.sinks.grad.abs().min() > 0
+    assert model.sinks is not None and model.sinks.weight.grad is not None
+    assert model.sinks.weight.grad.abs().min() > 0
     assert "sink_keys" in model.init_state(1, max_len=4)["block1"]["mixer"]
 
 

@@ -87,6 +87,21 @@ def test_membrane_shortcut_every_projection_sees_spikes(preset: str) -> None:
     assert all(entry["firing_rate"] > 0.01 for path, entry in neurons.items() if "attention" not in path)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_projection_learns_from_the_start(preset: str) -> None:
+    """A neuron that never fires lets no gradient reach the weights behind it."""
+    torch.manual_seed(0)
+    model = SpikeLM(ModelConfig.from_yaml(preset))
+    ids = torch.tensor(list((TEXT * 2)[:128])).view(2, 64)
+    F.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    silent = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.endswith("linear.weight") and (parameter.grad is None or not parameter.grad.any())
+    ]
+    assert not silent
+
+
 def fit(model: SpikeLM, batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]], steps: int) -> list[float]:
     """Losses of ``steps`` steps on (tokens [B, T], targets [B, T'] of the last T' columns)."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []

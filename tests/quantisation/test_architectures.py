@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from spikelm import presets
 from spikelm.config import ModelConfig
@@ -17,6 +18,7 @@ from spikelm.quantisation.spiking import (
     check_convertible,
     convert,
     convertible,
+    in_full_precision,
     int8_weights,
     plan,
 )
@@ -51,9 +53,14 @@ def test_nano_presets(name: str) -> None:
     new = convert(model, int8, chosen, request)
     for path, module in new.named_modules():
         if isinstance(module, Projection) and path.startswith("blocks."):
+            if path in in_full_precision(model):  # routers
+                assert path.endswith(".router") and isinstance(module.linear, nn.Linear)
+                assert module.neuron.spiking == model.get_submodule(f"{path}.neuron").spiking
+                continue
             assert isinstance(module.linear, Int8Linear)
             assert module.neuron.spiking
             assert (path in kept) == (not hasattr(module.neuron, "cap"))
+    assert bool(in_full_precision(model)) == ("moe" in name)
     with torch.no_grad():
         logits, _ = new(torch.from_numpy(tokens).long()[None, :16])
     assert logits.isfinite().all() and logits.std() > 0

@@ -27,11 +27,22 @@ EIGHT = {"steps": 8, "eval_every": 8, "schedule__name": "constant"}
 BIAS = "blocks.0.channel.expert_bias"
 
 
+def packs(folder: Path) -> dict[str, str]:
+    """Data of short documents, one or several in a block."""
+    lines = [json.dumps({"text": "spikes are " * (number % 4) + "rare"}) for number in range(40)]
+    (folder / "short.jsonl").write_text("\n".join(lines) + "\n")
+    return {key: f"{folder / 'short.jsonl'}#text" for key in ("data__train", "data__valid")}
+
+
 def mixture(**options: Any) -> dict[str, Any]:
     """A model whose experts outnumber the tokens that some of them get on a rank."""
     channel = {"name": "moe", "experts": 12, "top_k": 2, "hidden": 8, "shared": 1, "loss_free_bias": 0.01}
     layer = {"mixer": {"name": "wkv4"}, "channel": {**channel, **options}}
     return {"model__layers": [layer, {"mixer": {"name": "wkv4"}, "channel": {"name": "swiglu"}}]}
+
+
+SINKS = {**TWIN, **mixture(experts=3), "model__sink_tokens": 2, "steps": 2, "eval_every": 2}
+SINKS["schedule__name"] = "constant"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +75,10 @@ def told(make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> 
             continue
         spiking = {"steps": 2, "eval_every": 2, "gradient_checkpointing": True}
         legs[f"{name}-spiking"] = make(f"{name}-spiking", **backend, **spiking)
+    # Documents that begin in other columns on each rank, after sink tokens.
+    sinks = {**SINKS, **packs(split.parent)}
+    legs["ddp-sinks"] = make("ddp-sinks", **sinks)
+    legs["zero3-sinks"] = make("zero3-sinks", **sinks, **backends["zero3"], gradient_checkpointing=True)
     # Four steps, and four more after a resume.
     legs["zero3-half"] = make("zero3-resumed", **eight | {"steps": 4}, **backends["zero3"])
     legs["zero3-resumed"] = make("zero3-resumed", **eight, **backends["zero3"])
@@ -80,6 +95,7 @@ def alone(make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) ->
     return {
         "balanced": process(make("alone", **eight, accumulation=2), folder / "balanced"),
         "free": process(make("alone", **eight, **mixture(balance_loss=0.0)), folder / "free"),
+        "sinks": process(make("alone", **SINKS, **packs(folder), accumulation=2), folder / "sinks"),
     }
 
 
@@ -104,6 +120,17 @@ def test_two_ranks_learn_what_one_learns(told: Any, alone: Any, name: str) -> No
     assert len(entry["shares"]) == 12 and sum(entry["shares"]) == pytest.approx(1.0, abs=1e-4)
     bias = found["biases"][BIAS]
     assert any(bias) and all(abs(b / 0.01 - round(b / 0.01)) < 1e-3 and abs(b) < 0.0801 for b in bias)
+    assert found["evaluation"]["loss"] == pytest.approx(reference["evaluation"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_packs_with_sinks_on_two_ranks(told: Any, alone: Any, name: str) -> None:
+    found, reference = told[f"{name}-sinks"], alone["sinks"]
+    assert found["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+    assert found["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+    assert found["weights"]["model/sinks.weight"] == pytest.approx(
+        reference["weights"]["model/sinks.weight"], rel=1e-3
+    )
     assert found["evaluation"]["loss"] == pytest.approx(reference["evaluation"]["loss"], abs=1e-5)
 
 

@@ -251,6 +251,7 @@ def projection(rate: float, mean: float, spiking: bool = True) -> dict[str, Any]
         "mean_count": mean,
         "in_features": 4,
         "out_features": 2,
+        "tokens": 8,
     }
 
 
