@@ -215,7 +215,16 @@ def check_spec(where: str, spec: object) -> None:
         ConfigError: naming ``where``, the place in the configuration.
     """
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-        raise ConfigError(f"{where} is {spec!r}; expected a mapping with a name, such as {{name: lif}}")
+        raise ConfigError(
+            f"{where} is {spec!r}; expected a mapping with a name, such as {{name: {_example(where)}}}"
+        )
+
+
+def _example(where: str) -> str:
+    """Name of a part that could stand at this place."""
+    word = where.rpartition(".")[2].rstrip("0123456789")
+    examples = {"mixer": "gla", "branch": "gla", "channel": "swiglu", "weights": "int8"}
+    return examples.get(word, "int8" if "weight_overrides" in where else "adaptive")
 
 
 def _without_neurons(value: Any) -> Any:

@@ -217,7 +217,11 @@ def _neurons(config: ModelConfig) -> dict[str, str]:
 
 def describe(spec: Spec) -> str:
     """A named part with its options in one line: ``adaptive(k=3.0, cap=127)``."""
-    options = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+    options = ", ".join(
+        f"{key}={float(f'{value:.4g}') if isinstance(value, float) else value}"
+        for key, value in spec.items()
+        if key != "name"
+    )
     return f"{spec['name']}({options})" if options else str(spec["name"])
 
 

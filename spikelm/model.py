@@ -8,6 +8,7 @@ padding (valid), one function for training and decoding.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -249,7 +250,9 @@ class SpikeLM(nn.Module):
         for key in ("neuron_overrides", "weight_overrides"):
             for pattern in getattr(self.config, key):
                 if not any(fnmatchcase(path, pattern) for path in paths):
-                    raise ConfigError(nearest(f"projection in {key}", pattern, paths))
+                    # One name for all blocks and experts: a large mixture has thousands of projections.
+                    known = {re.sub(r"\.\d+(?=\.)", ".*", path) for path in paths}
+                    raise ConfigError(nearest(f"projection in {key}", pattern, known))
 
     def _dropout(self, x: Tensor, path: str, ctx: Context) -> Tensor:
         p = self.config.dropout

@@ -25,6 +25,7 @@ from spikelm.errors import ConfigError
 from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part, memory_dtype
 from spikelm.state import flatten
+from spikelm.weights import Int8Linear
 
 
 class Experts(nn.ModuleList):
@@ -111,12 +112,18 @@ def routed_shares(model: nn.Module) -> dict[nn.Module, float]:
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Parameters that one token uses: all but those of the experts it is not routed to; shared ones once."""
+    """Parameters that one token uses: all but those of the experts it is not routed to.
+
+    Shared ones count once, int8 weights (which torch holds as buffers) like others.
+    """
     shares = routed_shares(model)
     seen: set[int] = set()
     active = 0.0
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        held: list[Tensor] = [*module.parameters(recurse=False)]
+        if isinstance(module, Int8Linear):
+            held.append(module.weight)
+        for parameter in held:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 active += parameter.numel() * shares.get(module, 1.0)

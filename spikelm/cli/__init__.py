@@ -141,7 +141,7 @@ def _invoke(name: str, arguments: list[str]) -> int:
             return 0
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else f"spikelm {name}"
-        return _refuse(f"{describe()} See {path} --help.")
+        return _refuse(f"{describe().rstrip('.')}. See {path} --help.")
     code = result if isinstance(result, int) else 0
     if code == INTERRUPTED:
         raise KeyboardInterrupt

@@ -6,8 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for colour-blind eyes
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+)  # apart for colour-blind eyes
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw_sweep(points: Sequence[Mapping[str, Any]], before: float, path: Path) -> None:
@@ -24,7 +32,7 @@ def draw_sweep(points: Sequence[Mapping[str, Any]], before: float, path: Path) -
     from matplotlib import pyplot
 
     k = [point["k"] for point in points]
-    figure, (loss, sparsity) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (loss, sparsity) = pyplot.subplots(1, 2, figsize=(13.5, 4.5), layout="constrained")
     try:
         errors = [point["stderr_bits_per_byte"] or 0.0 for point in points]
         values = [point["bits_per_byte"] for point in points]
@@ -49,7 +57,9 @@ def draw_sweep(points: Sequence[Mapping[str, Any]], before: float, path: Path) -
         for axes in (loss, sparsity):
             axes.set_xlabel("k (threshold = mean |x| / k)")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+        loss.legend(fontsize=7)
+        # Beside the lines: their places depend on the model, and a legend among them hides some.
+        sparsity.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         figure.savefig(path, dpi=110, format="png")
     finally:
         pyplot.close(figure)

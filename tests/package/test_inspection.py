@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -93,13 +94,33 @@ def test_mixtures_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "active per token" not in capsys.readouterr().out
 
 
+def test_int8_weights_are_active_too() -> None:
+    """Int8 matrices are buffers to torch, and count like the parameters they stand for."""
+    small = ModelConfig.from_yaml("spikingbrain-moe-nano")
+    held = dataclasses.replace(small, weights={"name": "int8"})
+    assert inspect_config(held).active_parameters == inspect_config(small).active_parameters
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         inspect_model(tmp_path)
     with pytest.raises(ConfigError, match="unknown neuron 'lef'"):
         inspect_config(ModelConfig(**SMALL, neuron={"name": "lef"}))
+    channel = {"name": "swiglu"}
+    for branches in (None, 3, "gla", {"name": "gla"}, [], [{"name": "gla"}]):
+        mixer = {"name": "parallel", "branches": branches}
+        with pytest.raises(ConfigError, match="expected a list of two mixers or more"):
+            inspect_config(ModelConfig(**SMALL, layers=[{"mixer": mixer, "channel": channel}]))
+    with pytest.raises(ConfigError, match=r"mixer is 'gla'; .* such as \{name: gla\}"):
+        inspect_config(ModelConfig(**SMALL, layers=[{"mixer": "gla", "channel": channel}]))
+    overrides = {"blocks.*.channel.ruoter": {"name": "none"}}
+    moe = dataclasses.replace(ModelConfig.from_yaml("spikingbrain-moe-nano"), neuron_overrides=overrides)
+    with pytest.raises(ConfigError, match=r"did you mean 'blocks\.\*\.channel\.router'") as refused:
+        inspect_config(moe)
+    assert len(str(refused.value)) < 1000
 
 
 def test_describe() -> None:
     assert describe({"name": "lif", "tau": 2.0, "reset": "hard"}) == "lif(tau=2.0, reset=hard)"
     assert describe({"name": "none"}) == "none"
+    assert describe({"name": "adaptive", "k": 8.485281374238571, "cap": 63}) == "adaptive(k=8.485, cap=63)"
