@@ -76,12 +76,13 @@ def split(
         batch_size: windows side by side in the evaluation.
 
     Raises:
-        ConfigError: sizes that are not positive.
+        ConfigError: sizes that are not positive, or windows shorter than 8 tokens.
         DataError: the text has too few windows.
     """
-    for name, value in (("samples", samples), ("length", length), ("batch-size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; expected at least 1")
+    least = {"samples": (samples, 1), "length": (length, 8), "batch-size": (batch_size, 1)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ConfigError(f"{name} is {value}; expected at least {smallest}")
     windows = list(segments.disjoint(corpus.tokens, length))
     if other is None:
         held = max(1, round(HELD_OUT * len(windows)))
