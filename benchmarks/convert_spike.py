@@ -41,6 +41,8 @@ def convert(twin: Path, out: Path, *words: str) -> dict[str, Any]:
         "convert", "spike", str(twin), str(out), *given, "--max-bytes", "40000", "--json", str(result), *words
     )
     found: dict[str, Any] = json.loads(result.read_text())
+    for name in ("source", "checkpoint"):  # temporary folders
+        found.pop(name, None)
     return {"seconds": time.perf_counter() - started, **without(found, ("projections", "config"))}
 
 
