@@ -136,7 +136,9 @@ class Builder:
             raise PlanError(
                 f"decode plans hold float32 on the CPU, got {tensor.dtype} on {tensor.device.type}"
             )
-        return self.keep(tensor.contiguous()).data_ptr()
+        tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
 
     def keep(self, thing: Any) -> Any:
         """Keep an object alive as long as the plan, and return it."""
