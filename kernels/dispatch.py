@@ -41,6 +41,7 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gla": ("reference", "torch"),
         "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c"),
+        "rowwise": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }
 )

@@ -4,7 +4,9 @@
  */
 #include "machine.h"
 #include "steps_basic.h"
+#include "steps_int8.h"
 #include "steps_linear.h"
+#include "steps_neurons.h"
 #include "steps_rwkv.h"
 
 enum op {
