@@ -35,7 +35,7 @@ def integer() -> SpikeLM:
     return model_of(**INT8, **INT8_HEAD, neuron=NEURONS["adaptive"])
 
 
-# --- slots and states ---------------------------------------------------------------------------------------
+# --- slots and states ---------------------------------------------
 
 
 def test_slots_in_any_order_and_rows_that_are_left_out(integer: SpikeLM) -> None:
@@ -99,7 +99,7 @@ def test_a_state_that_does_not_fit_is_refused(integer: SpikeLM) -> None:
         plan.write(0, integer.init_state(2))
 
 
-# --- statistics -------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adaptive", "lif", "none"])
@@ -136,7 +136,7 @@ def test_statistics_are_those_of_the_meter(weights: str, name: str) -> None:
     assert not any(entry["calls"] for entry in plan.statistics().values())
 
 
-# --- weights ------------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------
 
 
 def test_parameters_stay_ordinary_and_can_be_trained() -> None:
@@ -197,7 +197,7 @@ def test_parameters_are_moved_once_and_saved_apart(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ---------------------------------------------
 
 
 @pytest.mark.parametrize(
