@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import KernelError, ShapeError
-from spikelm.kernels.dispatch import backend, choose
+from spikelm.kernels.dispatch import choose
 from spikelm.kernels.encode import autograd, eager, reference
 
 __all__ = ["LARGEST", "adaptive_encode", "adaptive_encode_int8", "decode_counts"]
@@ -21,7 +21,7 @@ __all__ = ["LARGEST", "adaptive_encode", "adaptive_encode_int8", "decode_counts"
 LARGEST = 127
 """Largest |count| that int8 holds (-128 is never used)."""
 
-_Form = Callable[[Tensor, float, float, int], tuple[Tensor, Tensor]]
+_Form = Callable[[Tensor, float, float, int, Tensor | None], tuple[Tensor, Tensor]]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
     {
         "reference": reference.adaptive_encode,
@@ -34,12 +34,12 @@ _INT8_FORMS: Mapping[str, _Int8Form] = MappingProxyType(
     {
         "reference": reference.adaptive_encode_int8,
         "torch": reference.adaptive_encode_int8,
-        "c": reference.adaptive_encode_int8,
+        "c": autograd.adaptive_encode_int8,
     }
 )
 _DecodeForm = Callable[[Tensor, Tensor], Tensor]
 _DECODE_FORMS: Mapping[str, _DecodeForm] = MappingProxyType(
-    {"reference": reference.decode_counts, "torch": reference.decode_counts, "c": reference.decode_counts}
+    {"reference": reference.decode_counts, "torch": reference.decode_counts, "c": autograd.decode_counts}
 )
 
 
@@ -58,7 +58,7 @@ def adaptive_encode(
         dead_zone: counts are zero where |x| < dead_zone * mean|x|.
         cap: |count| <= cap.
         mean: [.., 1], mean|x| of the whole rows where x holds only a part of them (tensor parallelism); a
-            constant. The C form does not take it: auto uses the torch form then, with the same bits.
+            constant.
 
     Returns:
         counts [.., D] and threshold [.., 1], float32 (float64 for float64). The gradient is
@@ -66,16 +66,12 @@ def adaptive_encode(
 
     Raises:
         ShapeError: x is a scalar or not floating.
-        KernelError: a back-end that was asked for and is not available, or the C form with ``mean``.
+        KernelError: a back-end that was asked for and is not available.
     """
     _check("adaptive_encode", x, mean)
-    name, x = choose("encode", x.device), x.to(_working_dtype(x))
-    if mean is None:
-        return _FORMS[name](x, k, dead_zone, cap)
-    if name == "c" and backend() == "c":
-        raise KernelError("the C form of encode takes no mean of whole rows; use auto or torch")
-    given = reference.adaptive_encode if name == "reference" else eager.adaptive_encode
-    return given(x, k, dead_zone, cap, mean.detach().to(x.dtype))
+    dtype = _working_dtype(x)
+    form, given = _FORMS[choose("encode", x.device)], None if mean is None else mean.detach().to(dtype)
+    return form(x.to(dtype), k, dead_zone, cap, given)
 
 
 def adaptive_encode_int8(
