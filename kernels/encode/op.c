@@ -23,8 +23,7 @@ int64_t encode_forward(int64_t rows, int64_t width, double k, double dead_zone, 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         const real own = row_mean(row, width, x, mean);
-        threshold[row] = encode_threshold(own, (real)k);
-        quiet[row] = (real)dead_zone * own;
+        thresholds_from(own, k, dead_zone, threshold + row, quiet + row);
         slots[row] =
             encode_row(width, threshold[row], quiet[row], (real)cap, x + row * width, counts + row * width);
     }
@@ -42,9 +41,10 @@ void encode_int8(int64_t rows, int64_t width, double k, double dead_zone, double
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         const real own = row_mean(row, width, x, mean);
-        threshold[row] = encode_threshold(own, (real)k);
-        encode_row_int8(width, threshold[row], (real)dead_zone * own, (real)cap, x + row * width,
-                        counts + row * width, statistics + row * STATISTICS);
+        real quiet;
+        thresholds_from(own, k, dead_zone, threshold + row, &quiet);
+        encode_row_counted(width, threshold[row], quiet, (real)cap, x + row * width, counts + row * width,
+                           statistics + row * STATISTICS);
     }
 }
 

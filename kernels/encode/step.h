@@ -49,10 +49,17 @@ static inline real mean_magnitude(int64_t width, const real *restrict x) {
     return total / (real)width;
 }
 
-/* V = mean / k, at least the floor. */
-INLINE real encode_threshold(real mean, real k) {
-    const real wanted = mean / k;
-    return wanted < (real)THRESHOLD_FLOOR ? (real)THRESHOLD_FLOOR : wanted;
+/* Threshold of a row whose mean |x| is known, and the edge of its dead zone. */
+INLINE void thresholds_from(real mean, double k, double dead_zone, real *threshold, real *quiet) {
+    const real wanted = mean / (real)k;
+    *threshold = wanted < (real)THRESHOLD_FLOOR ? (real)THRESHOLD_FLOOR : wanted;
+    *quiet = (real)dead_zone * mean;
+}
+
+/* Threshold of a row, and the edge of its dead zone. */
+INLINE void thresholds_of(int64_t width, double k, double dead_zone, const real *x, real *threshold,
+                          real *quiet) {
+    thresholds_from(mean_magnitude(width, x), k, dead_zone, threshold, quiet);
 }
 
 /* Count before the cap; zero where |x| < quiet. */
@@ -79,9 +86,24 @@ static inline int32_t encode_row(int64_t width, real threshold, real quiet, real
     return clipped;
 }
 
-/* The same counts as int8 (cap <= 127), and the row's figures; statistics may be null. */
+/* The same counts as int8, for a cap of at most 127. A NaN becomes 0: its row's threshold is NaN. */
+INLINE int32_t whole_count(real count, real cap) {
+    const real kept = capped(count, cap);
+    return (int32_t)(kept == kept ? kept : (real)0);
+}
+
 static inline void encode_row_int8(int64_t width, real threshold, real quiet, real cap, const real *restrict x,
-                                   int8_t *restrict counts, int64_t *restrict statistics) {
+                                   int8_t *restrict counts) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+        counts[i] = (int8_t)whole_count(uncapped_count(x[i], threshold, quiet), cap);
+    }
+}
+
+/* The same, and the row's statistics. */
+static inline void encode_row_counted(int64_t width, real threshold, real quiet, real cap,
+                                      const real *restrict x, int8_t *restrict counts,
+                                      int64_t *restrict statistics) {
     int64_t all_silent = 0, all_summed = 0, all_clipped = 0;
     int32_t largest = 0;
     for (int64_t first = 0; first < width; first += ENCODE_BLOCK) {
@@ -92,8 +114,7 @@ static inline void encode_row_int8(int64_t width, real threshold, real quiet, re
 #pragma omp simd reduction(+ : silent, sum, clipped) reduction(max : largest)
         for (int i = 0; i < n; i++) {
             const real count = uncapped_count(from[i], threshold, quiet);
-            const real kept = capped(count, cap);
-            const int32_t whole = kept == kept ? (int32_t)kept : 0;
+            const int32_t whole = whole_count(count, cap);
             const int32_t size = whole < 0 ? -whole : whole;
             to[i] = (int8_t)whole;
             silent += size == 0 ? 1 : 0;
@@ -105,12 +126,10 @@ static inline void encode_row_int8(int64_t width, real threshold, real quiet, re
         all_summed += sum;
         all_clipped += clipped;
     }
-    if (statistics) {
-        statistics[SILENT] = all_silent;
-        statistics[SUMMED] = all_summed;
-        statistics[CLIPPED] = all_clipped;
-        statistics[LARGEST] = largest;
-    }
+    statistics[SILENT] = all_silent;
+    statistics[SUMMED] = all_summed;
+    statistics[CLIPPED] = all_clipped;
+    statistics[LARGEST] = largest;
 }
 
 #endif

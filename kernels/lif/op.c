@@ -39,7 +39,7 @@ INLINE void forward_block(int count, int decay_input, int soft_reset, int64_t st
             memset(spikes, 0, (size_t)count * sizeof(real));
             continue;
         }
-        lif_row(count, decay_input, soft_reset, threshold, v_reset, x, rate, v, spikes);
+        lif_channels(count, decay_input, soft_reset, threshold, v_reset, x, rate, v, spikes);
     }
     for (int i = 0; i < count; i++) {
         v_out[i] = v[i];

@@ -32,16 +32,22 @@ INLINE real after_charge(int soft_reset, real h, real threshold, real v_reset) {
     return h >= threshold ? fired : h;
 }
 
-/* One token of count channels: spikes of 0 and 1, membranes v before -> after. Flags are literals. */
-INLINE void lif_row(int64_t count, int decay_input, int soft_reset, real threshold, real v_reset,
-                    const real *restrict x, const real *restrict rate, real *restrict v,
-                    real *restrict spikes) {
+/* Charge, fire, reset: 1 or 0. */
+INLINE real lif_token(int decay_input, int soft_reset, real x, real rate, real threshold, real v_reset,
+                      real *v) {
+    real drive;
+    const real h = charge(decay_input, x, *v, rate, v_reset, &drive);
+    *v = after_charge(soft_reset, h, threshold, v_reset);
+    return h >= threshold ? (real)1 : (real)0;
+}
+
+/* The same for count channels; the flags are literals. */
+INLINE void lif_channels(int64_t count, int decay_input, int soft_reset, real threshold, real v_reset,
+                         const real *restrict x, const real *restrict rate, real *restrict v,
+                         real *restrict spikes) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
-        real drive;
-        const real h = charge(decay_input, x[i], v[i], rate[i], v_reset, &drive);
-        spikes[i] = h >= threshold ? (real)1 : (real)0;
-        v[i] = after_charge(soft_reset, h, threshold, v_reset);
+        spikes[i] = lif_token(decay_input, soft_reset, x[i], rate[i], threshold, v_reset, v + i);
     }
 }
 

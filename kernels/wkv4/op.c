@@ -58,7 +58,7 @@ INLINE void forward_block(int count, int64_t steps, int64_t channels, const real
             memset(y, 0, (size_t)count * sizeof(real));
             continue;
         }
-        wkv4_row(count, decay, bonus, k, v, num, den, max, y);
+        wkv4_channels(count, decay, bonus, k, v, num, den, max, y);
     }
     store_state(count, state_out, channels, num, den, max);
 }

@@ -18,25 +18,26 @@ INLINE void weigh(real a, real b, real *weight_a, real *weight_b) {
 
 INLINE real larger(real a, real b) { return a > b ? a : b; }
 
-/* Output y of one channel, and its state (num, den, max) before -> after the token. */
-INLINE void wkv4_step(real decay, real bonus, real k, real v, real *num, real *den, real *max, real *y) {
+/* The output of a token; (num, den, max) go on by it. */
+INLINE real wkv4_token(real decay, real bonus, real k, real v, real *num, real *den, real *max) {
     real past, now;
     weigh(*max, bonus + k, &past, &now);
-    *y = (past * *num + now * v) / (past * *den + now);
+    const real y = (past * *num + now * v) / (past * *den + now);
     const real decayed = *max + decay;
     weigh(decayed, k, &past, &now);
     *num = past * *num + now * v;
     *den = past * *den + now;
     *max = larger(decayed, k);
+    return y;
 }
 
-/* One token of count channels; decay = -exp(w). */
-INLINE void wkv4_row(int64_t count, const real *restrict decay, const real *restrict bonus,
-                     const real *restrict k, const real *restrict v, real *restrict num, real *restrict den,
-                     real *restrict max, real *restrict y) {
+/* The same for count channels. */
+INLINE void wkv4_channels(int64_t count, const real *restrict decay, const real *restrict bonus,
+                          const real *restrict k, const real *restrict v, real *restrict num,
+                          real *restrict den, real *restrict max, real *restrict y) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
-        wkv4_step(decay[i], bonus[i], k[i], v[i], &num[i], &den[i], &max[i], &y[i]);
+        y[i] = wkv4_token(decay[i], bonus[i], k[i], v[i], num + i, den + i, max + i);
     }
 }
 
