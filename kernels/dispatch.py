@@ -37,7 +37,7 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
         "gated_delta": ("reference", "torch"),
-        "gla": ("reference", "torch"),
+        "gla": ("reference", "torch", "c"),
         "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
