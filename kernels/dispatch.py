@@ -36,7 +36,7 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
-        "gated_delta": ("reference", "torch"),
+        "gated_delta": ("reference", "torch", "c"),
         "gla": ("reference", "torch", "c"),
         "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c"),

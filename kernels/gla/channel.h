@@ -9,19 +9,10 @@
 #ifndef SPIKELM_GLA_CHANNEL_H
 #define SPIKELM_GLA_CHANNEL_H
 
-#include "group.h"
+#include "../group.h"
 
 #define ROUNDS 4  /* joins of blocks in a chunk, at most (vectors of 2 lanes) */
 #define PARTS (LANES < 4 ? LANES : 4)
-
-/* Row lengths: of keys and queries, of values, of tokens. */
-struct rows {
-    int64_t key, value, token;
-};
-
-INLINE struct rows rows_of(const struct group *group) {
-    return (struct rows){padded(group->key_dim), padded(group->value_dim), padded(CHUNK)};
-}
 
 struct channel {
     struct rows row;
@@ -108,6 +99,7 @@ static void block_weights(const struct group *group, const struct piece *piece, 
     const int64_t width = whole_vectors(group->key_dim), share = group->share;
     for (int64_t start = 0; start < piece->full; start += LANES) {
         real *lanes = own->lanes + start, *since = own->since + start * own->row.key;
+        prefetch_tokens(group, piece, start);
         for (int i = 0; i < LANES; i++) {
             const int64_t t = start + i;
             const real *decay = own->decay + t * own->row.key;
@@ -164,13 +156,7 @@ static void join_blocks(const struct group *group, const struct piece *piece, co
  * keys those to its end, and the first total is that of the piece. */
 static void channel_weights(const struct group *group, const struct piece *piece, const struct channel *own,
                             const struct joins *kept) {
-    const int64_t first = piece->first;
-    load_tokens(piece->count, piece->full, group->share, group->key_dim, group->scale,
-                group->q + first * group->q_token, group->q_token, piece->valid, own->q, own->row.key);
-    load_tokens(piece->count, piece->full, 1, group->key_dim, 1, group->k + first * group->k_token,
-                group->k_token, piece->valid, own->k, own->row.key);
-    load_tokens(piece->count, piece->full, 1, group->value_dim, 1, group->v + first * group->v_token,
-                group->v_token, piece->valid, own->v, own->row.value);
+    load_inputs(group, piece, own->row, own->q, own->k, own->v);
     load_channel_decays(group, piece, own->decay, own->row.key);
     block_weights(group, piece, own);
     int round = 0;

@@ -219,7 +219,7 @@ static void channel_backward(const struct group *group, const struct piece *piec
     const struct channel *forward = &own->forward;
     const struct rows row = forward->row;
     const int64_t width = whole_vectors(group->key_dim), share = group->share, first = piece->first;
-    load_tokens(piece->count, piece->full, share, group->value_dim, 1, grads->o + first * group->o_token,
+    load_tokens(piece->count, piece->full, share, group->value_dim, 1, group->grad_o + first * group->o_token,
                 group->o_token, piece->valid, own->grad_o, row.value);
     load_tokens(piece->count, piece->full, share, group->key_dim, group->scale, group->q + first * group->q_token,
                 group->q_token, piece->valid, own->q, row.key);

@@ -5,7 +5,7 @@
 #ifndef SPIKELM_GLA_HEAD_H
 #define SPIKELM_GLA_HEAD_H
 
-#include "channel.h"
+#include "../group.h"
 
 struct head {
     struct rows row;
@@ -65,37 +65,17 @@ static void take_head_backward(struct head_backward *own, const struct group *gr
 /* Loads a piece; decays, and weights of its tokens for each other. */
 static void head_weights(const struct group *group, const struct piece *piece, const struct head *own) {
     const struct rows row = own->row;
-    const int64_t first = piece->first, share = group->share;
-    load_tokens(piece->count, piece->full, share, group->key_dim, group->scale,
-                group->q + first * group->q_token, group->q_token, piece->valid, own->q, row.key);
-    load_tokens(piece->count, piece->full, 1, group->key_dim, 1, group->k + first * group->k_token,
-                group->k_token, piece->valid, own->k, row.key);
-    load_tokens(piece->count, piece->full, 1, group->value_dim, 1, group->v + first * group->v_token,
-                group->v_token, piece->valid, own->v, row.value);
-    for (int64_t t = 0; t < piece->full; t++) {
-        const int here = group->g && t < piece->count && (!piece->valid || piece->valid[t]);
-        own->decay[t] = here ? exp_nonpositive(group->g[(first + t) * group->g_token]) : (real)1;
-    }
+    load_inputs(group, piece, row, own->q, own->k, own->v);
+    load_head_decays(group, piece, own->decay);
     const real total = head_decays(piece->count, piece->full, own->decay, own->kept, row.token, own->since,
                                    own->until);
     for (int64_t c = 0; c < group->key_dim; c++) {
         own->total[c] = total;
     }
     transpose(piece->full, group->key_dim, own->k, row.key, own->lanes, row.token);
-    for (int64_t t = 0; t < piece->full; t += LANES) {
-        product(LANES * share, t + LANES, group->key_dim, own->q + t * share * row.key, row.key, 1, own->lanes,
-                row.token, own->weights + t * share * row.token, row.token, FORGET, NULL);
-    }
-    for (int64_t r = 0; r < piece->rows; r++) {
-        scale_row(whole_vectors(r / share + 1), own->weights + r * row.token, own->kept + r / share * row.token);
-    }
-}
-
-/* Rows of `share` per token times one number per token. */
-static void scale_tokens(int64_t tokens, int64_t share, int64_t width, const real *by, real *x, int64_t row) {
-    for (int64_t r = 0; r < tokens * share; r++) {
-        scale_by(whole_vectors(width), x + r * row, by[r / share]);
-    }
+    prefetch_chunk(group, piece);
+    kept_weights(piece->full, group->share, group->key_dim, own->q, row.key, own->lanes, own->kept, row.token,
+                 own->weights);
 }
 
 /* A piece from own->state on, which becomes the state after it. */
@@ -111,25 +91,6 @@ static void head_forward(const struct group *group, const struct piece *piece, c
             own->state, row.value, DECAY, own->total);
     store_tokens(piece->count, group->share, group->value_dim, 1, own->o, row.value, piece->valid,
                  o + piece->first * group->o_token, group->o_token);
-}
-
-/* grad weights become those of q k^T; pairs get what each pair passes to the gates between them. */
-static void unkeep(const struct group *group, const struct piece *piece, const struct head_backward *own) {
-    const int64_t token = own->forward.row.token, share = group->share;
-    for (int64_t i = 0; i < piece->full; i++) {
-        const int64_t width = whole_vectors(i + 1);
-        real *pairs = own->pairs + i * token;
-        for (int64_t j = 0; j < width; j += LANES) {
-            const vector kept = vector_load(own->forward.kept + i * token + j);
-            vector sum = {0};
-            for (int64_t r = i * share; r < (i + 1) * share; r++) {
-                const vector grad = vector_load(own->grad_weights + r * token + j);
-                sum = vector_multiply_add(grad, vector_load(own->forward.weights + r * token + j), sum);
-                vector_store(own->grad_weights + r * token + j, grad * kept);
-            }
-            vector_store(pairs + j, sum);
-        }
-    }
 }
 
 /* The gradient of the gates, of grad q and grad k through the states alone; `all` past every token. */
@@ -157,14 +118,14 @@ static void head_backward(const struct group *group, const struct piece *piece, 
     const struct head *forward = &own->forward;
     const struct rows row = forward->row;
     const int64_t share = group->share, first = piece->first, keys = group->key_dim, values = group->value_dim;
-    load_tokens(piece->count, piece->full, share, values, 1, grads->o + first * group->o_token, group->o_token,
+    load_tokens(piece->count, piece->full, share, values, 1, group->grad_o + first * group->o_token, group->o_token,
                 piece->valid, own->grad_o, row.value);
     head_weights(group, piece, forward);
     transpose(piece->full, values, forward->v, row.value, own->v_lanes, row.token);
     transpose(keys, values, forward->state, row.value, own->state_lanes, row.key);
     transpose(keys, values, own->grad_state, row.value, own->grad_state_lanes, row.key);
     weights_gradient(group, piece, own->grad_o, row.value, own->v_lanes, row.token, own->grad_weights, row.token);
-    unkeep(group, piece, own);
+    unkeep(piece->full, share, forward->kept, forward->weights, row.token, own->grad_weights, own->pairs);
 
     /* through the states */
     product(piece->rows, keys, values, own->grad_o, row.value, 1, own->state_lanes, row.key, own->grad_q,
@@ -177,23 +138,14 @@ static void head_backward(const struct group *group, const struct piece *piece, 
             row.value, FORGET, NULL);
     scale_tokens(piece->full, 1, values, forward->until, own->grad_v, row.value);
     if (grads->g) {
-        real all = 0;
-        for (int64_t c = 0; c < keys; c++) {
-            all += row_product(whole_vectors(values), forward->state + c * row.value,
-                               own->grad_state + c * row.value);
-        }
+        const real all = states_product(group, row.value, forward->state, own->grad_state);
         head_gates(group, piece, own, all * forward->total[0], grads->g);
     }
 
     /* through the weights */
     values_gradient(group, piece, forward->weights, row.token, own->grad_o, row.value, own->grad_v);
-    for (int64_t t = 0; t < piece->full; t += LANES) {
-        const real *grad = own->grad_weights + t * share * row.token;
-        product(LANES * share, keys, t + LANES, grad, row.token, 1, forward->k, row.key,
-                own->grad_q + t * share * row.key, row.key, ADD, NULL);
-        product(LANES, keys, piece->rows - t * share, grad + t, 1, row.token, forward->q + t * share * row.key,
-                row.key, own->grad_k + t * row.key, row.key, ADD, NULL);
-    }
+    products_gradient(piece, share, keys, own->grad_weights, row.token, forward->q, forward->k, row.key,
+                      own->grad_q, own->grad_k);
     scale_tokens(piece->full, share, values, forward->since, own->grad_o, row.value);
     product(keys, values, piece->rows, forward->q, 1, row.key, own->grad_o, row.value, own->grad_state,
             row.value, DECAY, forward->total);

@@ -57,7 +57,8 @@ static struct group group_of(const struct sizes *sizes, int64_t task, double sca
                           .o_token = sizes->heads * sizes->value_dim,
                           .scale = (real)scale,
                           .reset = reset ? reset + at : NULL,
-                          .valid = valid ? valid + at : NULL};
+                          .valid = valid ? valid + at : NULL,
+                          .ahead = CHUNK};
     group.q = q + at * group.q_token + head * share * sizes->key_dim;
     group.k = k + at * group.k_token + head * sizes->key_dim;
     group.v = v + at * group.v_token + head * sizes->value_dim;
@@ -200,10 +201,11 @@ void gla_backward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, i
     (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < batch * groups; task++) {
-        const struct group group = group_of(&sizes, task, scale, q, k, v, g, reset, valid);
+        struct group group = group_of(&sizes, task, scale, q, k, v, g, reset, valid);
         const int64_t row = task / groups, head = task % groups, at = row * steps;
+        group.grad_o = grad_o + at * group.o_token + head * group.share * value_dim;
+        group.ahead = -CHUNK;
         const struct gradients grads = {
-            .o = grad_o + at * group.o_token + head * group.share * value_dim,
             .q = grad_q + at * group.q_token + head * group.share * key_dim,
             .k = grad_k + at * group.k_token + head * key_dim,
             .v = grad_v + at * group.v_token + head * value_dim,
