@@ -37,8 +37,8 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
-        "gated_delta": ("reference", "torch"),
-        "gla": ("reference", "torch"),
+        "gated_delta": ("reference", "torch", "c"),
+        "gla": ("reference", "torch", "c"),
         "int8_linear": ("reference", "torch", "c"),
         "lif": ("reference", "torch", "c"),
         "planes": ("reference", "torch", "c"),
