@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.codings.product import expanded_product
+from spikelm.errors import PlanError
 from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
 from spikelm.weights import FLOAT, LARGEST, Int8Linear, build_weights
 
 if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
     from spikelm.tensor_parallel import Parallel
 
 
@@ -103,6 +105,30 @@ class Projection(Part):
         if ctx.coding is not None and hasattr(self.neuron, "cap"):
             return expanded_product(self.linear, _as_weights(spikes, self.linear), ctx.coding)
         return cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """Neuron and product; float weights."""
+        if self.parallel is not None:
+            raise PlanError(
+                f"{self.path} is a shard of a tensor-parallel model; decode plans run whole models"
+            )
+        if type(self.linear) is not nn.Linear:
+            raise PlanError(f"{self.path} has {type(self.linear).__name__} weights without records")
+        weight, y = self.linear.weight, plan.register(self.out_features)
+        spikes = self.neuron.lower_spikes(plan, x, state)
+        row = plan.statistics(self.path, self.in_features, self.out_features, weight.numel() * 4)
+        plan.record(
+            "linear",
+            cast("Register", spikes.values),
+            y,
+            self.in_features,
+            self.out_features,
+            -1 if spikes.scale is None else spikes.scale,
+            row,
+            p=(weight, self.bias),
+            flags=int(self.neuron.spiking),
+        )
+        return y
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """One token: x [B, D] -> y [B, D']."""

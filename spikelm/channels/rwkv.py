@@ -6,7 +6,7 @@ State: {"shift": [B, D], and the input neurons' states under "key", "value", "re
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from spikelm.errors import ConfigError
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
 from spikelm.registry import channels
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 @channels.register("rwkv")
@@ -81,3 +84,10 @@ class RWKVChannel(Part):
             torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
         )
         return sigmoid(r) * v, new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        to_key, to_receptance = plan.shift(x, state["shift"], [self.mix_k, self.mix_r])
+        key = plan.relu_squared(plan.child(self.key, to_key, state["key"]))
+        value = plan.child(self.value, key, state["value"])
+        return plan.gate(plan.child(self.receptance, to_receptance, state["receptance"]), value)

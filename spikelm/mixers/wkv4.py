@@ -12,17 +12,21 @@ states under "key", "value", "receptance", "output"}. Deviations: none; the stat
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from spikelm.activations import sigmoid
 from spikelm.build import Build
+from spikelm.kernels.plan.builder import a_field
 from spikelm.kernels.wkv4 import wkv4
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
 from spikelm.registry import mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 EMPTY_EXPONENT = -1e38
 """Exponent p of an empty average: any key is larger."""
@@ -120,3 +124,15 @@ class WKV4(Part):
             torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
         )
         return k, v, r, new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        mixes = [self.mix_k, self.mix_v, self.mix_r]
+        to_key, to_value, to_receptance = plan.shift(x, state["shift"], mixes)
+        k = plan.child(self.key, to_key, state["key"])
+        v = plan.child(self.value, to_value, state["value"])
+        r = plan.child(self.receptance, to_receptance, state["receptance"])
+        y = plan.register(v.width)
+        decay = -torch.exp(self.time_decay.detach())
+        plan.record("wkv4", k, v, y, a_field(state["wkv"]), v.width, p=(decay, self.time_first))
+        return plan.child(self.output, plan.gate(r, y), state["output"])
