@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from spikelm.activations import silu
 from spikelm.errors import ConfigError, nearest
+from spikelm.kernels.plan.builder import a_field
 from spikelm.recurrence import Context, Part, compacted, memory_dtype, zero_invalid
 from spikelm.state import State
 
@@ -117,7 +118,7 @@ class ShortConvolution(Part):
             y,
             x.width,
             self.kernel - 1,
-            plan.field(state["window"]),
+            a_field(state["window"]),
             p=(self.weight.T, self.bias),
             flags=int(self.activation == "silu"),
         )

@@ -27,9 +27,9 @@ _PROBLEMS = (
     "row {row} has token {token}; expected ids from 0 to {last_token}",
     "row {row} has slot {slot}; the plan has slots 0 to {last_slot} (a negative one leaves the row out)",
     "row {row} has slot {slot}, which an earlier row of the batch has too; a slot holds one sequence",
-    "the memory of slot {slot} (row {row}) is full; reset it, or build the plan with a larger max_len",
 )
-"""Sentences of the C enumeration ``problem``."""
+"""Sentences of the C enumeration ``problem``; what is full says so itself."""
+_FULL = 4
 
 
 class DecodePlan:
@@ -77,14 +77,16 @@ class DecodePlan:
         self._fields = {value.name: value for value in _leaves(state_fields)}
         self._weights = _weights(model)
         self._projections, self._kept = builder.projections, builder.kept
+        self._refusals = builder.refusals
         records, limits, width = builder.finish()
-        arena = Arena(slots * (state_bytes + 4 * width) + 64)
+        workspaces = 2 if builder.gathers else 1
+        arena = Arena(slots * (state_bytes + workspaces * 4 * width) + 64)
         self.pool = arena.tensor((slots, state_bytes), torch.uint8)
-        self._workspace = arena.tensor((slots, width), torch.float32)
+        self._workspace = arena.tensor((workspaces * slots, width), torch.float32)
         self._statistics = torch.zeros(len(builder.projections), len(STATISTICS), dtype=torch.int64)
         self._scratch = torch.zeros(builder.scratch_once + slots * builder.scratch + 64, dtype=torch.uint8)
         self._seen = torch.zeros(slots, dtype=torch.int64)
-        self._rows = torch.zeros(3, slots, dtype=torch.int64)
+        self._rows = torch.zeros(5, max(slots, 2), dtype=torch.int64)
         self._logits = torch.zeros(slots, self.vocab_size)
         self._plan = Plan(
             records=len(records),
@@ -119,6 +121,7 @@ class DecodePlan:
 
         Raises:
             PlanError: tokens or slots that do not fit; no state has changed.
+            StateError: a sequence has no room for another token; no state has changed.
         """
         batch = self._check(tokens, slots)
         problem = self._library.plan_step(
@@ -129,6 +132,8 @@ class DecodePlan:
             self._logits.data_ptr(),
             self.threads,
         )
+        if problem == _FULL:
+            self._refusals[int(self._rows[0, 1])]()
         if problem:
             raise PlanError(self._sentence(problem, tokens, slots))
         return self._logits[:batch]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ConfigError, ShapeError, nearest
+from spikelm.kernels.plan.builder import a_field
 
 if TYPE_CHECKING:
     from spikelm.kernels.plan.builder import Builder, Field, Fields, Register
@@ -109,7 +110,7 @@ class Rope:
             features,
             pairs,
             plan.shared(("rope", self), TABLE_HEAD + 2 * pairs),
-            plan.field(position),
+            a_field(position),
             first,
             f=(self.magnitude,),
             p=(plan.keep(frequency).data_ptr(),),

@@ -86,6 +86,23 @@ static inline void unary_row(int64_t function, int64_t count, const float *x, fl
     }
 }
 
+/* exp(x - largest) / sum of these; y may be x. */
+static inline void softmax_row(int64_t count, const float *x, float *y) {
+    float largest = x[0];
+    for (int64_t i = 1; i < count; i++) {
+        largest = x[i] > largest ? x[i] : largest;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        y[i] = exp_nonpositive(x[i] - largest);
+    }
+    const float total = row_sum(count, y);
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        y[i] /= total;
+    }
+}
+
 /* (x - mean) / sqrt(variance + epsilon) * weight + bias; weight and bias may be null, y may be x. */
 static inline void layernorm_row(int64_t count, float epsilon, const float *x, const float *weight,
                                  const float *bias, float *y) {

@@ -30,6 +30,7 @@ from spikelm.channels.experts import Experts
 from spikelm.channels.routing import ROUTERS, Routing, balance_loss, route, z_loss
 from spikelm.channels.swiglu import hidden_width
 from spikelm.errors import ConfigError, nearest
+from spikelm.kernels.plan.builder import fields
 from spikelm.recurrence import Context, Part, memory_dtype
 from spikelm.registry import channels
 from spikelm.state import State
@@ -199,7 +200,7 @@ class MoE(Part):
         y = plan.register(x.width)
         plan.record("combine", found, weights, y, x.width, self.top_k)
         for index, part in enumerate(self.shared):
-            y = plan.add(y, plan.child(part, x, fields(fields(state["shared"])[str(index)])))
+            y = plan.add(y, plan.child(part, x, fields(state["shared"])[str(index)]))
         return y
 
     def _logits(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from spikelm.activations import sigmoid, silu, softplus
 from spikelm.build import Build
 from spikelm.kernels.gated_delta import gated_delta
+from spikelm.kernels.plan.builder import a_field
 from spikelm.mixers.gla import GatedLinearAttention
 from spikelm.recurrence import Context, memory_dtype, positions
 from spikelm.registry import mixers
@@ -169,7 +170,7 @@ class GatedDelta(GatedLinearAttention):
             groups,
             size,
             size,
-            plan.field(state["memory"]),
+            a_field(state["memory"]),
             f=(size**-0.5,),
         )
         return self._lowered_finish(plan, x, o, state)

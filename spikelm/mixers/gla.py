@@ -38,6 +38,7 @@ from spikelm.convolution import ShortConvolution
 from spikelm.errors import ConfigError, PlanError, nearest
 from spikelm.heads import resolve_heads
 from spikelm.kernels.gla import gla
+from spikelm.kernels.plan.builder import a_field
 from spikelm.recurrence import Context, Part, memory_dtype, positions
 from spikelm.registry import mixers
 from spikelm.rope import resolve_rope
@@ -196,7 +197,7 @@ class GatedLinearAttention(Part):
             groups,
             size,
             size,
-            plan.field(state["memory"]),
+            a_field(state["memory"]),
             f=(size**-0.5,),
         )
         return self._lowered_finish(plan, x, o, state)

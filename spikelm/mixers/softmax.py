@@ -17,6 +17,7 @@ A part of a model with sinks must see them first (``ctx.sinks``), as the model's
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from spikelm.attend import attend, attend_all, attend_one
 from spikelm.build import Build
 from spikelm.errors import ShapeError
 from spikelm.heads import resolve_heads
+from spikelm.kernels.plan.builder import a_field
 from spikelm.recurrence import Context, Part, compacted, initial_like, positions, zero_invalid
 from spikelm.rope import resolve_rope
 from spikelm.state import State
@@ -231,10 +233,11 @@ class SoftmaxMixer(Part):
             q, k = plan.norm(self.query_norm, q, heads), plan.norm(self.key_norm, k, groups)
         if self.rope is not None:
             self.rope.lower(plan, q, k, self.head_dim, state["position"], self.sinks)
-        keys, values, position = (plan.field(state[name]) for name in ("keys", "values", "position"))
+        keys, values, position = (a_field(state[name]) for name in ("keys", "values", "position"))
         if self.grows:
-            plan.limit(position, keys.shape[0], self)
-        pinned = [plan.field(state[f"sink_{name}"]) if self.sinks else -1 for name in ("keys", "values")]
+            room = keys.shape[0]
+            plan.limit(position, room, partial(self.check_room, torch.tensor([room + 1]), room))
+        pinned = [a_field(state[f"sink_{name}"]) if self.sinks else -1 for name in ("keys", "values")]
         shape = torch.tensor([heads, groups, self.head_dim, keys.shape[0], self.sinks], dtype=torch.int64)
         o = plan.register(q.width)
         plan.record(

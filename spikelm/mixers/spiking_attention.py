@@ -35,6 +35,7 @@ from spikelm.build import Build
 from spikelm.errors import ConfigError, PlanError
 from spikelm.heads import resolve_heads
 from spikelm.kernels.gla import gla
+from spikelm.kernels.plan.builder import a_field
 from spikelm.neurons.base import Neuron, build_neuron
 from spikelm.norms import behind_spikes
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
@@ -272,8 +273,8 @@ class SpikingAttention(Part):
             self.num_heads,
             self._key_dim(),
             self.head_dim,
-            plan.field(state["memory"]),
-            plan.field(state["count"]) if self.mean else -1,
+            a_field(state["memory"]),
+            a_field(state["count"]) if self.mean else -1,
             f=(self.scale,),
             p=(None if log_decay is None else torch.exp(log_decay),),
         )
