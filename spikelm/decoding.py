@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spikelm import state as states
 from spikelm.errors import KernelError, PlanError
-from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, fields
+from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
 from spikelm.kernels.plan.memory import Arena, aligned
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
 from spikelm.model import SpikeLM
@@ -253,6 +253,8 @@ def _check_model(model: SpikeLM) -> None:
             f"the model is {weight.dtype} on {weight.device.type}; "
             "decode plans run float32 and int8 models on the CPU"
         )
+    for module in model.modules():
+        check_overrides(module)
 
 
 def _lower(model: SpikeLM, plan: Builder, state: Fields) -> None:

@@ -109,7 +109,7 @@ class Rope:
             k.width // features,
             features,
             pairs,
-            plan.shared(("rope", self), TABLE_HEAD + 2 * pairs),
+            plan.shared(("rope", self, first), TABLE_HEAD + 2 * pairs),
             a_field(position),
             first,
             f=(self.magnitude,),

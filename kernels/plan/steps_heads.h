@@ -53,25 +53,27 @@ STEP(rope) {
 }
 
 /* The newest token first, as the Python form adds them up; the window [past][width], oldest first, moves on.
- * weight [past + 1][width], that of the newest token last; bias may be null; y may be x. */
-INLINE void convolve_row(int64_t width, int64_t past, const float *x, float *restrict window,
-                         const float *restrict weight, const float *restrict bias, float *y) {
+ * weight [past + 1][width], that of the newest token last; bias may be null. */
+INLINE void convolve_row(int64_t width, int64_t past, const float *restrict x, float *restrict window,
+                         const float *restrict weight, const float *restrict bias, float *restrict y) {
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) {
-        const float now = x[i];
-        float sum = now * weight[past * width + i];
-        for (int64_t j = past - 1; j >= 0; j--) {
-            sum += window[j * width + i] * weight[j * width + i];
-        }
-        y[i] = bias ? sum + bias[i] : sum;
-        for (int64_t j = 0; j + 1 < past; j++) {
-            window[j * width + i] = window[(j + 1) * width + i];
-        }
-        window[(past - 1) * width + i] = now;
+        y[i] = x[i] * weight[past * width + i];
     }
+    for (int64_t j = past - 1; j >= 0; j--) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            y[i] += window[j * width + i] * weight[j * width + i];
+        }
+    }
+    for (int64_t i = 0; bias && i < width; i++) {
+        y[i] += bias[i];
+    }
+    memmove(window, window + width, (size_t)((past - 1) * width) * sizeof *window);
+    memcpy(window + (past - 1) * width, x, (size_t)width * sizeof *window);
 }
 
-/* x, y, n, past, window (field); weight, bias or null; flags 1: silu behind. y may be x. */
+/* x, y, n, past, window (field); weight, bias or null; flags 1: silu behind */
 STEP(convolve) {
     EACH_ROW {
         float *y = reg(m, row, r->a[1]);

@@ -30,7 +30,7 @@ from spikelm.registry import mixers
 from spikelm.state import State
 
 if TYPE_CHECKING:
-    from spikelm.kernels.plan.builder import Builder, Fields, Register
+    from spikelm.kernels.plan.builder import Builder, Register
 
 
 @mixers.register("ssa")

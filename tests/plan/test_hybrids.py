@@ -16,13 +16,15 @@ from spikelm.decoding import DecodePlan
 from spikelm.errors import KernelError, PlanError, StateError
 from spikelm.kernels.plan.records import library
 from spikelm.meter import Meter
+from spikelm.mixers.gla import GLA
 from spikelm.model import SpikeLM
 from spikelm.neurons.base import Neuron
 from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part
 from spikelm.weights import Int8Linear
 
-from ..contracts.parts import D, cases, randomise
+from tests.contracts.parts import D, cases, randomise
+
 from .stepping import assert_states, assert_steps, python_step, spikes
 
 SMALL = {"num_heads": 4, "head_dim": 8, "hidden": 24, "window": 5, "experts": 4, "gate_rank": 4}
@@ -65,7 +67,10 @@ TRANSFORMER = {
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "none": {"neuron": {"name": "none"}},
     "adaptive": {"neuron": {"name": "adaptive", "dead_zone": 0.7}},
-    "binary": {"neuron": {"name": "plif", "gain": 2.0}, "neuron_overrides": {"*.experts.*": {"name": "heaviside"}}},
+    "binary": {
+        "neuron": {"name": "plif", "gain": 2.0},
+        "neuron_overrides": {"*.experts.*": {"name": "heaviside"}},
+    },
     "after": {"placement": "after", "neuron": {"name": "lif", "threshold": 0.3}},
     "binary-embedding": {"embedding_neuron": {"name": "heaviside"}, "neuron": {"name": "adaptive"}},
 }
@@ -270,7 +275,7 @@ def test_int8_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_experts_count_what_they_are_given() -> None:
-    """Per expert projection the plan's statistics are those of the meter, for rows that choose differently."""
+    """Per projection the plan's statistics are those of the meter, for rows that choose differently."""
     model = build(preset("spikingbrain-moe-nano", neuron_overrides={}))
     plan, meter = DecodePlan(model, 6, max_len=T), Meter()
     tokens = some_tokens(T, 6)
@@ -320,6 +325,23 @@ def test_what_has_no_records_is_named() -> None:
     model.blocks[2].mixer = _Foreign()
     model.blocks[2].mixer.path = "blocks.2.mixer"
     with pytest.raises(PlanError, match=r"blocks\.2\.mixer.*_Foreign"):
+        DecodePlan(model, 1)
+
+
+class _Leaky(GLA):
+    """Somebody else's gate in our mixer."""
+
+    def gate(
+        self, x: torch.Tensor, raw_key: torch.Tensor, state: states.State, ctx: Context
+    ) -> tuple[torch.Tensor | None, states.State]:
+        g, new = super().gate(x, raw_key, state, ctx)
+        return None if g is None else 2.0 * g, new
+
+
+def test_records_of_another_method_are_refused() -> None:
+    model = build(preset("spikingbrain-nano"))
+    model.blocks[2].mixer.__class__ = _Leaky
+    with pytest.raises(PlanError, match=r"blocks\.2\.mixer \(_Leaky\).*gate.*lower_gate"):
         DecodePlan(model, 1)
 
 
