@@ -21,7 +21,8 @@ from spikelm.recurrence import Context
 from spikelm.state import State
 
 AMBIGUOUS = 2e-4
-"""A spike is ambiguous where its neuron is this near to deciding otherwise, in thresholds: float32 sums in another order (some hundred terms, relative 1e-6 each, a few layers on) may then move it."""
+"""A spike is ambiguous where its neuron is this near to deciding otherwise, in thresholds: float32 sums in
+another order (some hundred terms, relative 1e-6 each, a few layers on) may then move it."""
 
 
 def python_step(model: SpikeLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:

@@ -22,7 +22,6 @@ from spikelm.neurons.base import Neuron
 from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part
 from spikelm.weights import Int8Linear
-
 from tests.contracts.parts import D, cases, randomise
 
 from .stepping import assert_states, assert_steps, python_step, spikes
