@@ -39,8 +39,9 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "encode": ("reference", "torch", "c"),
         "gated_delta": ("reference", "torch"),
         "gla": ("reference", "torch"),
-        "int8_linear": ("reference", "torch"),
+        "int8_linear": ("reference", "torch", "c"),
         "lif": ("reference", "torch", "c"),
+        "rowwise": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spikelm import state as states
 from spikelm.errors import KernelError, PlanError
 from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
-from spikelm.kernels.plan.memory import Arena, aligned
+from spikelm.kernels.memory import Arena, aligned
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
 from spikelm.model import SpikeLM
 from spikelm.recurrence import Part
@@ -72,7 +72,7 @@ class DecodePlan:
             initial = states.detach(model.init_state(1, max_len=max_len))
             self._template = initial
             state_fields, state_bytes = _layout(initial)
-            builder = Builder()
+            builder = Builder(slots=slots, threads=self.threads)
             _lower(model, builder, state_fields)
         self._fields = {value.name: value for value in _leaves(state_fields)}
         self._weights = _weights(model)
@@ -84,7 +84,7 @@ class DecodePlan:
         self.pool = arena.tensor((slots, state_bytes), torch.uint8)
         self._workspace = arena.tensor((workspaces * slots, width), torch.float32)
         self._statistics = torch.zeros(len(builder.projections), len(STATISTICS), dtype=torch.int64)
-        self._scratch = torch.zeros(builder.scratch_once + slots * builder.scratch + 64, dtype=torch.uint8)
+        self._scratch = torch.zeros(builder.scratch + 64, dtype=torch.uint8)
         self._seen = torch.zeros(slots, dtype=torch.int64)
         self._rows = torch.zeros(5, max(slots, 2), dtype=torch.int64)
         self._logits = torch.zeros(slots, self.vocab_size)

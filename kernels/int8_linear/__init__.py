@@ -1,6 +1,7 @@
 """Integer spike counts times int8 weights: exact integer sums, scaled per output channel and group of inputs.
 
-Forms: reference.py (the equation, in integers), eager.py (plain torch). Both give the same bits.
+Forms: reference.py (the equation, in integers), eager.py (plain torch), c.py with op.c and step.h (CPUs).
+All give the same bits. packing.py lays weights out for the C form, densely or for event-driven reading.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose
-from spikelm.kernels.int8_linear import eager, reference
+from spikelm.kernels.int8_linear import c, eager, reference
 
 __all__ = ["LONGEST", "dequantised", "int8_linear", "integer_sums", "scaled_sums"]
 
@@ -24,7 +25,7 @@ LONGEST = (2**31 - 1) // eager.LARGEST**2
 
 _Form = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.int8_linear, "torch": eager.int8_linear}
+    {"reference": reference.int8_linear, "torch": eager.int8_linear, "c": c.int8_linear}
 )
 
 
@@ -52,7 +53,10 @@ def int8_linear(counts: Tensor, weight: Tensor, scales: Tensor, group: int | Non
     width = weight.shape[-1]
     size = width if group is None else group
     _check(counts, weight, scales, size)
-    form = _FORMS[choose("int8_linear", counts.device)]
+    name = choose("int8_linear", counts.device)
+    form = _FORMS[name]
+    if name != "c":
+        _check_range(counts)  # the C form sees it on its way
     y: Tensor = _Product.apply(counts, weight, scales, max(size, 1), form)  # type: ignore[no-untyped-call]
     return y
 
@@ -65,8 +69,12 @@ def integer_sums(counts: Tensor, weight: Tensor, group: int | None = None) -> Te
     """
     width = weight.shape[1]
     size = max(width if group is None else group, 1)
-    with _plain(counts.device):
-        sums = eager.integer_sums(counts.reshape(-1, width), weight, size)
+    rows = counts.reshape(-1, width)
+    if choose("int8_linear", counts.device) == "c":
+        sums: Tensor = c.int8_sums(rows, weight, size)
+    else:
+        with _plain(counts.device):
+            sums = eager.integer_sums(rows, weight, size)
     return sums.reshape(sums.shape[0], *counts.shape[:-1], weight.shape[0])
 
 
@@ -136,8 +144,8 @@ def _check(counts: Tensor, weight: Tensor, scales: Tensor, size: int) -> None:
             f"int8_linear needs scales [{outputs}, {groups}] of float32 or float64, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
+
+
+def _check_range(counts: Tensor) -> None:
     if counts.device.type == "cpu" and counts.numel() and bool((counts.abs() > eager.LARGEST).any()):
-        raise ShapeError(
-            f"int8_linear got a count of magnitude {float(counts.abs().max()):g}; expected at most 127: "
-            "cap the counts (the adaptive neuron does)"
-        )
+        raise ShapeError(c.too_large(counts))

@@ -8,7 +8,7 @@
  *
  * The charge is written operation by operation as in reference.py, so float spikes are bit-equal to it.
  */
-#include "../real.h"
+#include "step.h"
 
 #define BLOCK 128
 #define SEGMENT 32
@@ -19,17 +19,6 @@ struct neuron {
     double threshold, v_reset, alpha;
     int32_t soft_reset, decay_input, detach_reset, surrogate;
 };
-
-/* Charged membrane h; *drive receives d h / d rate. */
-INLINE real charge(int decay_input, real x, real v, real rate, real v_reset, real *drive) {
-    const real above = v - v_reset;
-    if (decay_input) {
-        *drive = x - above;
-        return v + *drive * rate;
-    }
-    *drive = -above;
-    return v - above * rate + x;
-}
 
 /* All pointers already point at the first channel of the block in the row. */
 INLINE void forward_block(int count, int decay_input, int soft_reset, int64_t steps,
@@ -61,11 +50,7 @@ INLINE void forward_block(int count, int decay_input, int soft_reset, int64_t st
         }
 #pragma omp simd
         for (int i = 0; i < count; i++) {
-            real drive;
-            const real h = charge(decay_input, x[i], v[i], rate[i], v_reset, &drive);
-            const real after = soft_reset ? h - threshold : v_reset;
-            spikes[i] = h >= threshold ? (real)1 : (real)0;
-            v[i] = h >= threshold ? after : h;
+            spikes[i] = lif_token(decay_input, soft_reset, x[i], rate[i], threshold, v_reset, v + i);
         }
     }
     for (int i = 0; i < count; i++) {

@@ -6,6 +6,7 @@ its first to its last record, so that the workspace of a model is about as wide 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.errors import PlanError
-from spikelm.kernels.plan.records import Limit, Record, ops
+from spikelm.kernels.int8_linear.c import describe
+from spikelm.kernels.plan.records import Limit, Record, library, ops
 
 FLOATS_PER_LINE = 16
+INT8_SPIKES, SOFT_RESET, DECAY_INPUT = 1, 2, 4
+"""Flags of neurons, as in steps_neurons.h."""
+SPIKES = 1
+"""Flag of a product: its inputs are whole numbers, as in steps_linear.h."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +79,6 @@ class Projected:
     path: str
     in_features: int
     out_features: int
-    weight_bytes: int
 
 
 @dataclass
@@ -92,16 +97,19 @@ class Builder:
     """The records of a plan under construction.
 
     Attributes:
+        slots: the largest batch.
+        threads: that a record may use.
         projections: those that report statistics, in the order of their rows.
-        scratch: bytes that the hungriest record needs besides registers, per row of the batch.
+        scratch: bytes that the hungriest record needs besides registers.
         kept: everything whose address stands in a record.
         refusals: what raises the error of every limit.
         gathers: whether some records run on a part of the rows, which are gathered in a second workspace.
     """
 
+    slots: int = 1
+    threads: int = 1
     projections: list[Projected] = field(default_factory=list)
     scratch: int = 0
-    scratch_once: int = 0
     kept: list[Any] = field(default_factory=list)
     _drafts: list[_Draft] = field(default_factory=list)
     refusals: list[Callable[[], None]] = field(default_factory=list)
@@ -160,7 +168,9 @@ class Builder:
             raise PlanError(
                 f"decode plans hold float32 on the CPU, got {tensor.dtype} on {tensor.device.type}"
             )
-        return self.keep(tensor.contiguous()).data_ptr()
+        tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
 
     def keep(self, thing: Any) -> Any:
         """Keep an object alive as long as the plan, and return it."""
@@ -201,13 +211,30 @@ class Builder:
         records = len(self._drafts) - first
         draft.operands += [chosen, top_k, choice, x, x.width, branch.output, found, records]
 
-    def need_scratch(self, per_row: int = 0, once: int = 0) -> None:
-        """Reserve bytes for one record at a time, for every row and besides them."""
-        self.scratch, self.scratch_once = max(self.scratch, per_row), max(self.scratch_once, once)
+    def need_scratch(self, size: int) -> None:
+        """Reserve bytes that a record may use while it runs."""
+        self.scratch = max(self.scratch, size)
 
-    def statistics(self, path: str, in_features: int, out_features: int, weight_bytes: int) -> int:
+    def int8_rows(self, weight: Tensor, scales: Tensor, group: int | None) -> int:
+        """Address of ``struct packed_int8`` for int8 weights [O, D] as torch holds them."""
+        if scales.dtype != torch.float32 or weight.device.type != "cpu":
+            raise PlanError(
+                f"decode plans need int8 weights with float32 scales on the CPU, got {scales.dtype}"
+            )
+        weight, scales = weight.contiguous(), scales.contiguous()
+        size = max(weight.shape[1] if group is None else group, 1)
+        finite = bool(scales.isfinite().all())
+        struct = describe(*weight.shape, size, "rows", finite, weight.data_ptr(), scales.data_ptr())
+        self.kept += [weight, scales, struct]
+        return ctypes.addressof(struct)
+
+    def int8_scratch(self, weights: int) -> int:
+        """Bytes of scratch of a product with ``struct packed_int8`` at an address."""
+        return int(library().plan_int8_scratch(weights, self.slots, self.threads))
+
+    def statistics(self, path: str, in_features: int, out_features: int) -> int:
         """Row of the statistics that belongs to one projection."""
-        self.projections.append(Projected(path, in_features, out_features, weight_bytes))
+        self.projections.append(Projected(path, in_features, out_features))
         return len(self.projections) - 1
 
     def child(self, part: nn.Module, x: Register, state: Field | Fields) -> Register:

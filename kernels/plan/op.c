@@ -7,8 +7,10 @@
 #include "steps_basic.h"
 #include "steps_experts.h"
 #include "steps_heads.h"
+#include "steps_int8.h"
 #include "steps_linear.h"
 #include "steps_memory.h"
+#include "steps_neurons.h"
 #include "steps_rwkv.h"
 #include "steps_spiking.h"
 

@@ -69,6 +69,13 @@ INLINE float lerp_of(float start, float end, float weight) {
     return multiply_add(near ? weight : weight - 1.0f, end - start, near ? start : end);
 }
 
+INLINE void lerp_row(int64_t count, const float *start, const float *end, const float *weight, float *y) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        y[i] = lerp_of(start[i], end[i], weight[i]);
+    }
+}
+
 enum unary { UNARY_EXP, UNARY_SIGMOID, UNARY_SILU, UNARY_LOGSIGMOID, UNARY_SOFTPLUS };
 
 #define UNARY_LOOP(function)                                                                                   \

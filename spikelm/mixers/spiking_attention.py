@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from spikelm.activations import lerp
 from spikelm.block import fire
 from spikelm.build import Build
 from spikelm.errors import ConfigError, PlanError
@@ -300,7 +301,7 @@ class SpikingAttention(Part):
         for name in self.inputs:
             mixed = x
             if self.token_shift:
-                mixed = torch.lerp(previous, x, cast(Tensor, getattr(self, f"mix_{name}")).to(x.dtype))
+                mixed = lerp(previous, x, cast(Tensor, getattr(self, f"mix_{name}")))
             y, new[name] = self.get_submodule(name)(mixed, state[name], ctx)
             y = self.get_submodule(f"{name}_norm")(y)
             key = f"{name}_neuron"
