@@ -130,19 +130,28 @@ def assert_steps(
     Returns:
         Steps that were compared.
     """
-    double = copy.deepcopy(model).double()
+    double = None
     state = model.init_state(1, max_len=len(tokens))
     assert_states(plan.read(0), state, 0.0)
     compared = 0
     for token in tokens.split(1):
-        before = states.tree_map(lambda value: value.double() if value.is_floating_point() else value, state)
+        before = state
         with margins(monkeypatch) as margin:
             wanted, state = python_step(model, token, state)
-            truth, exact = python_step(double, token, before)
         got = plan.step(token)
         if margin.least > AMBIGUOUS:
             compared += 1
-            assert_close(got, wanted, tolerance, truth)
-            assert_states(plan.read(0), state, tolerance, exact)
+            try:
+                assert_close(got, wanted, tolerance, wanted)
+                assert_states(plan.read(0), state, tolerance)
+            except AssertionError:  # the model itself may be that far from the truth
+                double = double or copy.deepcopy(model).double()
+                truth, exact = python_step(double, token, states.tree_map(_doubled, before))
+                assert_close(got, wanted, tolerance, truth)
+                assert_states(plan.read(0), state, tolerance, exact)
         plan.write(0, state)
     return compared
+
+
+def _doubled(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value

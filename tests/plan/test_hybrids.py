@@ -256,20 +256,21 @@ def test_a_window_needs_no_room() -> None:
     assert int(plan.read(0)["block1"]["mixer"]["position"]) == 3 * T
 
 
-def _int8(config: ModelConfig) -> ModelConfig:
+def _quantised(config: ModelConfig) -> SpikeLM:
     weights = {"name": "int8", "group_size": 16}
-    return ModelConfig.from_dict({**config.to_dict(), "weights": weights})
+    model = build(ModelConfig.from_dict({**config.to_dict(), "weights": weights}))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Int8Linear):
+                module.load_float(0.2 * torch.randn(module.out_features, module.in_features))
+    return model
 
 
 @pytest.mark.parametrize(
     "name", ["spikingbrain-nano", "spikingbrain-moe-nano", "spikingbrain2-nano", "spikformer-lm-nano"]
 )
 def test_int8_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(_int8(preset(name)))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Int8Linear):
-                module.load_float(0.2 * torch.randn(module.out_features, module.in_features))
+    model = _quantised(preset(name))
     plan = DecodePlan(model, 1, max_len=T)
     assert assert_steps(model, plan, some_tokens(T), monkeypatch) >= T // 2
 
@@ -296,6 +297,39 @@ def test_experts_count_what_they_are_given() -> None:
         magnitude = entry["mean_count"] * inputs if entry["spiking"] else 0
         assert found[path]["magnitude"] == pytest.approx(magnitude, abs=2)
     assert all(entry["calls"] == 0 for path, entry in found.items() if path not in counted)
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@torch.no_grad()
+def test_experts_have_the_bits_of_the_model(router: str) -> None:
+    """Where everything else is exact per row, a mixture is too: logits, states, and every count."""
+    moe = {"name": "moe", "experts": 6, "top_k": 3, "shared": 1, "hidden": 24, "router": router}
+    config = {
+        "layers": [{"mixer": {"name": "wkv4"}, "channel": moe}],
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "vocab_size": VOCABULARY,
+        "neuron": {"name": "adaptive", "dead_zone": 0.5},
+        "head_neuron": {"name": "adaptive"},
+        "tie_word_embeddings": False,
+        "weight_overrides": {"head": {"name": "int8"}},
+    }
+    model = _quantised(ModelConfig.from_dict(config))
+    plan, meter = DecodePlan(model, 6), Meter()
+    state, tokens = model.init_state(6), some_tokens(T, 6)
+    for row in tokens:
+        wanted, state = model(row[:, None], state, Context(meter=meter))
+        assert torch.equal(plan.step(row.contiguous()), wanted[:, 0])
+    for slot in range(6):
+        assert_states(plan.read(slot), states.select_rows(state, torch.tensor([slot])), 0.0)
+    counted, found = meter.summary()["projections"], plan.statistics()
+    for path, entry in found.items():
+        inputs = counted.get(path, {}).get("tokens", 0) * entry["in_features"]
+        assert entry["calls"] * entry["in_features"] == inputs
+        if inputs:
+            assert entry["silent"] == round(counted[path]["silent"] * inputs)
+            assert entry["magnitude"] == round(counted[path]["mean_count"] * inputs)
+    assert len({entry["calls"] for path, entry in found.items() if ".experts." in path}) > 2
 
 
 def test_equal_scores_choose_the_first_expert(monkeypatch: pytest.MonkeyPatch) -> None:
