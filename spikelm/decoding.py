@@ -47,6 +47,7 @@ class DecodePlan:
 
     Attributes:
         pool: uint8 [slots, bytes], everything the sequences remember.
+        max_len: as given; None where no memory grows.
 
     Raises:
         PlanError: the model has a part that cannot be lowered; the message names it.
@@ -67,20 +68,27 @@ class DecodePlan:
             raise PlanError(f"decode plans are C: {error}") from error
         _check_model(model)
         self.slots, self.vocab_size = slots, model.config.vocab_size
-        with torch.no_grad():
+        self.max_len = max_len if model.grows else None
+        # Tensors of inference mode could not be trained, and the parameters are moved here.
+        with torch.inference_mode(False), torch.no_grad():
             move_weights(model)
             initial = states.detach(model.init_state(1, max_len=max_len))
             self._template = initial
             state_fields, state_bytes = _layout(initial)
             builder = Builder(slots=slots, threads=self.threads)
             _lower(model, builder, state_fields)
-        self._fields = {value.name: value for value in _leaves(state_fields)}
-        self._weights = _weights(model)
+            self._fields = {value.name: value for value in _leaves(state_fields)}
+            self._weights = _weights(model)
+            self._allocate(builder, state_bytes)
+            for slot in range(slots):
+                self.reset(slot)
+
+    def _allocate(self, builder: Builder, state_bytes: int) -> None:
+        records, limits, width = builder.finish()
         self._projections, self._kept = builder.projections, builder.kept
         self._refusals = builder.refusals
-        records, limits, width = builder.finish()
-        workspaces = 2 if builder.gathers else 1
-        arena = Arena(slots * (state_bytes + workspaces * 4 * width) + 64)
+        slots, workspaces = self.slots, 2 if builder.gathers else 1
+        arena = Arena(aligned(slots * state_bytes) + aligned(4 * workspaces * slots * width))
         self.pool = arena.tensor((slots, state_bytes), torch.uint8)
         self._workspace = arena.tensor((workspaces * slots, width), torch.float32)
         self._statistics = torch.zeros(len(builder.projections), len(STATISTICS), dtype=torch.int64)
@@ -105,8 +113,6 @@ class DecodePlan:
             seen=self._seen.data_ptr(),
             rows=self._rows.data_ptr(),
         )
-        for slot in range(slots):
-            self.reset(slot)
 
     def step(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
         """One token of every row; the slots' states go on by it.
@@ -230,12 +236,24 @@ _moved: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 
 def move_weights(model: nn.Module) -> None:
-    """Put the float32 parameters of a model into one allocation of huge pages; they stay the same objects."""
+    """Put the float32 parameters of a model into one allocation of huge pages; they stay the same objects.
+
+    Left where they are: parameters that share their memory with something else (flat buffers of a distributed
+    optimiser, other processes, other parameters).
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32]
-    if _moved.get(model) == tuple(parameter.data_ptr() for parameter in parameters):
+    places = [parameter.data_ptr() for parameter in parameters]
+    if _moved.get(model) == tuple(places):
         return
-    arena = Arena(sum(aligned(4 * parameter.numel()) for parameter in parameters))
-    for parameter in parameters:
+    own = [
+        parameter
+        for parameter in parameters
+        if parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+        and not parameter.is_shared()
+        and places.count(parameter.data_ptr()) == 1
+    ]
+    arena = Arena(sum(aligned(4 * parameter.numel()) for parameter in own))
+    for parameter in own:
         home = arena.tensor(tuple(parameter.shape), torch.float32)
         home.copy_(parameter.data)
         parameter.data = home
