@@ -101,6 +101,7 @@ INLINE void attend_keys(const struct attention *shape, float scale, int64_t coun
         weight[known] = dot_key(q, keys + known * stride, shape->dim);
     }
     float best = running->max;
+#pragma omp simd reduction(max : best)
     for (int64_t s = 0; s < count; s++) {
         weight[s] *= scale;
         best = weight[s] > best ? weight[s] : best;

@@ -36,7 +36,7 @@ INLINE float exponential(float x) {
 }
 
 /* exp(-|x|) */
-INLINE float exp_magnitude(float x) { return exp_nonpositive(x < 0 ? x : -x); }
+INLINE float exp_magnitude(float x) { return exp_nonpositive(-fabsf(x)); }
 
 INLINE float sigmoid_of(float x) {
     const float e = exp_magnitude(x);
