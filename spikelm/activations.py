@@ -1,4 +1,4 @@
-"""Sigmoid, silu, their logarithms and lerp, with the same bits wherever an element stands.
+"""Sigmoid, silu, their logarithms, softmax and lerp, with the same bits wherever an element stands.
 
 torch's own compute the last few elements of a tensor (and of each thread's share of it) in another way than
 the rest, so that a value may differ in its last bit with the batch it is in. The forms of
@@ -40,6 +40,11 @@ def softplus(x: Tensor) -> Tensor:
 def exp(x: Tensor) -> Tensor:
     """Exponential of x, in its dtype (computed in float32 at least); 0 below -87 in C."""
     return x.exp() if torch.is_grad_enabled() else rowwise.unary(x, "exp")
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension of x [.., D], in its dtype."""
+    return x.softmax(-1) if torch.is_grad_enabled() else rowwise.softmax(x)
 
 
 def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:

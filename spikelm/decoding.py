@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spikelm import state as states
 from spikelm.errors import KernelError, PlanError
 from spikelm.kernels.memory import Arena, aligned
-from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, fields
+from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
 from spikelm.model import SpikeLM
 from spikelm.projection import Projection
@@ -29,9 +29,9 @@ _PROBLEMS = (
     "row {row} has token {token}; expected ids from 0 to {last_token}",
     "row {row} has slot {slot}; the plan has slots 0 to {last_slot} (a negative one leaves the row out)",
     "row {row} has slot {slot}, which an earlier row of the batch has too; a slot holds one sequence",
-    "the memory of slot {slot} (row {row}) is full; reset it, or build the plan with a larger max_len",
 )
-"""Sentences of the C enumeration ``problem``."""
+"""Sentences of the C enumeration ``problem``; what is full says so itself."""
+_FULL = 4
 
 
 class DecodePlan:
@@ -89,14 +89,15 @@ class DecodePlan:
     def _allocate(self, builder: Builder, state_bytes: int) -> None:
         records, limits, width = builder.finish()
         self._projections, self._kept = builder.projections, builder.kept
-        slots = self.slots
-        arena = Arena(aligned(slots * state_bytes) + aligned(4 * slots * width))
+        self._refusals = builder.refusals
+        slots, workspaces = self.slots, 2 if builder.gathers else 1
+        arena = Arena(aligned(slots * state_bytes) + aligned(4 * workspaces * slots * width))
         self.pool = arena.tensor((slots, state_bytes), torch.uint8)
-        self._workspace = arena.tensor((slots, width), torch.float32)
+        self._workspace = arena.tensor((workspaces * slots, width), torch.float32)
         self._statistics = torch.zeros(len(builder.projections), len(STATISTICS), dtype=torch.int64)
         self._scratch = torch.zeros(builder.scratch + 64, dtype=torch.uint8)
         self._seen = torch.zeros(slots, dtype=torch.int64)
-        self._rows = torch.zeros(3, slots, dtype=torch.int64)
+        self._rows = torch.zeros(5, max(slots, 2), dtype=torch.int64)
         self._logits = torch.zeros(slots, self.vocab_size)
         self._plan = Plan(
             records=len(records),
@@ -129,6 +130,7 @@ class DecodePlan:
 
         Raises:
             PlanError: tokens or slots that do not fit; no state has changed.
+            StateError: a sequence has no room for another token; no state has changed.
         """
         batch = self._check(tokens, slots)
         problem = self._library.plan_step(
@@ -139,6 +141,8 @@ class DecodePlan:
             self._logits.data_ptr(),
             self.threads,
         )
+        if problem == _FULL:
+            self._refusals[int(self._rows[0, 1])]()
         if problem:
             raise PlanError(self._sentence(problem, tokens, slots))
         return self._logits[:batch]
@@ -285,6 +289,8 @@ def _check_model(model: SpikeLM) -> None:
             f"the model is {weight.dtype} on {weight.device.type}; "
             "decode plans run float32 and int8 models on the CPU"
         )
+    for module in model.modules():
+        check_overrides(module)
 
 
 def _lower(model: SpikeLM, plan: Builder, state: Fields) -> None:

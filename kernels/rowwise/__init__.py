@@ -17,7 +17,7 @@ from spikelm.kernels.dispatch import backend, choose
 from spikelm.kernels.rowwise import c, eager, reference
 from spikelm.kernels.rowwise.c import FUNCTIONS
 
-__all__ = ["FUNCTIONS", "lerp", "norm", "unary"]
+__all__ = ["FUNCTIONS", "lerp", "norm", "softmax", "unary"]
 
 
 def unary(x: Tensor, function: str) -> Tensor:
@@ -50,6 +50,13 @@ def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """
     y: Tensor = (c.lerp if _form(start) == "c" else torch.lerp)(start, end, weight)
     return y
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension of floating x [.., D], in its dtype."""
+    if x.shape[-1] and _form(x) == "c":
+        return c.softmax(x)
+    return torch.softmax(x, -1)
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, kind: str) -> Tensor:

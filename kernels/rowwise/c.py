@@ -22,7 +22,9 @@ def _library() -> CDLL:
     library.rowwise_unary.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_int]
     library.rowwise_lerp.argtypes = [c_int64, c_int64, *[c_void_p] * 4, c_int]
     library.rowwise_norm.argtypes = [c_int64, c_int64, c_int, c_double, *[c_void_p] * 4, c_int]
+    library.rowwise_softmax.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_int]
     library.rowwise_unary.restype = library.rowwise_lerp.restype = library.rowwise_norm.restype = None
+    library.rowwise_softmax.restype = None
     return library
 
 
@@ -55,6 +57,21 @@ def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
 @lerp.register_fake
 def _(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return end.new_empty(end.shape)
+
+
+@torch.library.custom_op("spikelm::rowwise_softmax", mutates_args=(), device_types="cpu")
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension of x [.., D] with D >= 1."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    _library().rowwise_softmax(x.numel() // width, width, address(x), address(y), threads_for(x))
+    return y
+
+
+@softmax.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("spikelm::rowwise_norm", mutates_args=(), device_types="cpu")

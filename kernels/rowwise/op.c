@@ -22,6 +22,15 @@ void rowwise_lerp(int64_t rows, int64_t width, const float *start, const float *
     }
 }
 
+/* y[row] = softmax(x[row]) */
+void rowwise_softmax(int64_t rows, int64_t width, const float *x, float *y, int threads) {
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        softmax_row(width, x + row * width, y + row * width);
+    }
+}
+
 /* LayerNorm (centred) or RMSNorm of every row; weight and bias may be null. */
 void rowwise_norm(int64_t rows, int64_t width, int centred, double epsilon, const float *x, const float *weight,
                   const float *bias, float *y, int threads) {
