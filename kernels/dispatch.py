@@ -4,8 +4,9 @@ Back-ends:
     reference: a loop like the paper's equation, torch, any dtype and device; slow, the specification.
     torch: the fastest form in plain torch, any device, no compiler needed.
     c: plain C for CPUs, compiled once (see compile.py).
-    triton: GPU kernels. No op has one yet.
-    auto: ``c`` for CPU tensors where the op has a C form and a compiler is found, else ``torch``.
+    triton: GPU kernels; on CPU tensors only when asked for, with TRITON_INTERPRET=1 (tests).
+    auto: ``c`` for CPU tensors where the op has a C form and a compiler is found, ``triton`` for CUDA (and
+        ROCm) tensors where the op has a Triton form and Triton is installed, else ``torch``.
 
 The choice is ``with use_backend("reference")`` if given, else the environment variable SPIKELM_KERNELS, else
 auto. An explicit choice that is unavailable raises :class:`KernelError`; it is never silently replaced. Auto
@@ -44,6 +45,12 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+_FAST: Mapping[str, str] = MappingProxyType({"cpu": "c", "cuda": "triton"})
+_REASONS: Mapping[str, str] = MappingProxyType(
+    {"c": "compiled for this CPU", "triton": "Triton is installed"}
+)
+_SPOKEN: Mapping[str, str] = MappingProxyType({"c": "C", "triton": "Triton"})
+
 logger = logging.getLogger(__name__)
 _chosen: ContextVar[str | None] = ContextVar("spikelm_kernel_backend", default=None)
 
@@ -78,7 +85,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(op: str, device: torch.device) -> str:
-    """Back-end that runs ``op`` on tensors of ``device``: reference, torch or c.
+    """Back-end that runs ``op`` on tensors of ``device``: reference, torch, c or triton.
 
     Raises:
         KernelError: the op is unknown, or the back-end asked for is not available.
@@ -119,15 +126,14 @@ def _known(name: str) -> str:
 
 
 def _automatic(op: str, device_type: str) -> str:
-    if device_type != "cpu":
-        chosen, reason = "torch", f"no {device_type} kernel of it exists yet"
-    elif "c" not in OPS[op]:
-        chosen, reason = "torch", "no C kernel of it exists yet"
+    fast = _FAST.get(device_type)
+    if fast is None or fast not in OPS[op]:
+        chosen, reason = "torch", f"no {device_type} kernel of it exists"
     else:
-        problem = _problem(op, "c", device_type)
-        if problem is not None and "c" in OPS[op]:
-            _warn_slow(problem)
-        chosen, reason = ("c", "compiled for this CPU") if problem is None else ("torch", problem)
+        problem = _problem(op, fast, device_type)
+        if problem is not None:
+            _warn_slow(fast, problem)
+        chosen, reason = (fast, _REASONS[fast]) if problem is None else ("torch", problem)
     _announce(op, device_type, chosen, reason)
     return chosen
 
@@ -143,6 +149,19 @@ def _problem(op: str, name: str, device_type: str) -> str | None:
             compiler.load(c_source(op))
         except KernelError as error:
             return str(error)
+    if name == "triton":
+        return _triton_problem(device_type, os.environ.get("TRITON_INTERPRET") == "1")
+    return None
+
+
+@cache
+def _triton_problem(device_type: str, interpreted: bool) -> str | None:
+    if device_type != "cuda" and not (device_type == "cpu" and interpreted):
+        return f"Triton kernels run on CUDA and ROCm tensors, these are on {device_type}; use auto"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
     return None
 
 
@@ -152,5 +171,5 @@ def _announce(op: str, device_type: str, chosen: str, reason: str) -> None:
 
 
 @cache
-def _warn_slow(problem: str) -> None:
-    logger.warning("no C kernels, slower torch forms are used: %s", problem)
+def _warn_slow(fast: str, problem: str) -> None:
+    logger.warning("no %s kernels, slower torch forms are used: %s", _SPOKEN[fast], problem)

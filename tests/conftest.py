@@ -14,6 +14,10 @@ import torch
 # More threads are slower on busy cores, and the sums of a matmul depend on how many there are.
 torch.set_num_threads(1)
 
+# Without a GPU Triton's kernels are interpreted; Triton looks at this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Compiled kernels and token stores of tests stay out of the user's cache (`make clean` removes them).
 os.environ.setdefault("SPIKELM_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "spikelm"))
 

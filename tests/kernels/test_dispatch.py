@@ -65,9 +65,19 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_triton_is_refused_in_a_clear_sentence(op: str) -> None:
-    with use_backend("triton"), pytest.raises(KernelError, match=f"no triton version of {op} yet; use auto"):
-        choose(op, CPU)
+def test_triton_is_refused_in_a_clear_sentence(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    why = "on CUDA and ROCm tensors" if "triton" in OPS[op] else f"no triton version of {op} yet"
+    for device in (CPU, META):
+        with use_backend("triton"), pytest.raises(KernelError, match=f"{why}.*; use auto"):
+            choose(op, device)
+
+
+def test_auto_takes_triton_for_cuda_tensors() -> None:
+    """(No CUDA device is needed to choose.)"""
+    pytest.importorskip("triton")
+    for op, forms in OPS.items():
+        assert choose(op, torch.device("cuda")) == ("triton" if "triton" in forms else "torch")
 
 
 def test_c_is_refused_off_the_cpu() -> None:
@@ -91,7 +101,7 @@ def test_available_lists_every_back_end() -> None:
     for problems in table.values():
         assert set(problems) == set(BACKENDS)
         assert problems["reference"] is True and problems["torch"] is True
-        assert isinstance(problems["triton"], str)
+        assert all(isinstance(problem, str) or problem is True for problem in problems.values())
 
 
 WITHOUT_A_COMPILER = """
