@@ -59,6 +59,8 @@ class Compilation:
         num_stages: stages of software pipelining.
         options: other compiler options, for example ``{"enable_fp_fusion": False}``.
         unaligned: pointer arguments that are not promised to be multiples of 16 bytes.
+        multiples: integer arguments that are multiples of 16 in the usual call; a launch sees that by itself,
+            and memory is then read in wider pieces. (One that is 1 belongs into ``constants``.)
     """
 
     kernel: Any
@@ -69,6 +71,7 @@ class Compilation:
     num_stages: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
     unaligned: Sequence[str] = ()
+    multiples: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,7 @@ def compile_one(wanted: Compilation, target: str) -> Resources:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in wanted.signature.items()
-        if kind.startswith("*") and name not in wanted.unaligned
+        if (kind.startswith("*") and name not in wanted.unaligned) or name in wanted.multiples
     }
     source = ASTSource(wanted.kernel, signature, dict(wanted.constants), aligned)
     options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages, **wanted.options}

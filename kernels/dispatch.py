@@ -37,9 +37,10 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
+        "event_linear": ("reference", "torch", "triton"),
         "gated_delta": ("reference", "torch"),
         "gla": ("reference", "torch"),
-        "int8_linear": ("reference", "torch"),
+        "int8_linear": ("reference", "torch", "triton"),
         "lif": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }
