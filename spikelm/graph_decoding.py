@@ -264,7 +264,7 @@ def host_read(model: SpikeLM, state: State) -> str | None:
     with torch.no_grad():
         model(token, state)  # kernels compile here
         try:
-            with _NoHostReads():
+            with _NoHostReads():  # type: ignore[no-untyped-call]
                 model(token, state)
         except _HostRead as error:
             part, frame = "", error.__traceback__

@@ -50,7 +50,7 @@ def event_linear(x: Tensor, wt: Tensor) -> Tensor:
         )
     if x.dtype != wt.dtype or not x.is_floating_point():
         raise ShapeError(f"event_linear needs x and wt of one floating dtype, got {x.dtype} and {wt.dtype}")
-    name = choose("event_linear", x.device)
+    name = choose("event_linear", x.device, dtype=str(x.dtype).removeprefix("torch."))
     if name == "triton" and x.dtype not in DTYPES:
         if backend() == "triton":
             raise KernelError(f"the Triton form of event_linear has no {x.dtype}; use auto or torch")
