@@ -101,7 +101,8 @@ def source_hash(module: str) -> str:
     """Hash of what decides a module's table: its folder's Triton sources and those shared by all."""
     folder = FOLDER / module.split(".")[2]
     digest = hashlib.sha256()
-    for path in [*sorted(folder.glob("triton*.py")), *sorted(FOLDER.glob("triton*.py"))]:
+    shared = [path for path in sorted(FOLDER.glob("triton*.py")) if path.name != "triton_excluded.py"]
+    for path in [*sorted(folder.glob("triton*.py")), *shared]:
         digest.update(path.read_bytes())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
