@@ -8,8 +8,11 @@ for backward: bit equality is a promise of inference.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -41,6 +44,29 @@ def softplus(x: Tensor) -> Tensor:
         return torch.nn.functional.softplus(x)
     x_wide = _wide(x)
     return (x_wide.clamp(min=0) + (-x_wide.abs()).exp().log1p()).to(x.dtype)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2, in x's dtype; what backward keeps is max(x, 0) alone. Differentiable once."""
+    y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """Three passes over memory less than autograd's own, in a model's widest layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        gradient: Tensor = (grads[0] * positive).mul_(2)
+        return gradient
 
 
 def _wide(x: Tensor) -> Tensor:
