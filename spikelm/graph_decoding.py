@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikelm import state as states
 from spikelm.errors import PlanError
-from spikelm.recurrence import Part
+from spikelm.recurrence import Context, Part
 from spikelm.state import State
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 WARM_UP = 3
 """Steps before a capture: kernels compile and libraries allocate, which a capture does not allow."""
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+CAPTURED = Context(static=True)
 
 
 class GraphDecode:
@@ -83,6 +85,8 @@ class GraphDecode:
             self.pool = states.tree_map(
                 lambda value: value.repeat(slots + 1, *[1] * (value.dim() - 1)), self._template
             )
+            self._room = model.capacity(self._template)
+            self._used = [0] * slots
             if capture:
                 found = host_read(model, self._template)
                 if found is not None:
@@ -98,8 +102,9 @@ class GraphDecode:
         Args:
             tokens: int64 [B], on any device.
             slots: int64 [B], where each row's sequence is, every slot at most once; a negative slot is a row
-                that does nothing and gets logits of zero. None for 0 to B - 1. Values are checked where both
-                tensors are on the CPU: looking at a GPU's would stop its queue.
+                that does nothing and gets logits of zero. None for 0 to B - 1. Values are checked in tensors
+                on the CPU: looking at a GPU's would stop its queue. Where memory grows, slots must be on the
+                CPU, because their tokens are counted.
 
         Returns:
             logits float32 (float64 for float64 models) [B, V], overwritten by the next call.
@@ -108,12 +113,15 @@ class GraphDecode:
             PlanError: tokens or slots that do not fit; no state has changed.
         """
         if slots is None:
-            slots = torch.arange(tokens.shape[0] if tokens.dim() == 1 else 0, device=tokens.device)
-        self._check(tokens, slots)
+            slots = torch.arange(tokens.shape[0] if tokens.dim() == 1 else 0)
+        used = self._check(tokens, slots)
         batch = tokens.shape[0]
         call = self._calls[min(size for size in self._sizes if size >= batch)]
         with torch.no_grad():
-            return call(tokens, slots)[:batch]
+            logits = call(tokens, slots)[:batch]
+        for slot in used if self._room is not None else ():
+            self._used[slot] += 1
+        return logits
 
     def write(self, slot: int, state: State) -> None:
         """Put a state of one sequence (batch 1, as the model returns it) into a slot.
@@ -125,6 +133,9 @@ class GraphDecode:
         state = states.unflatten(states.flatten(state), self._template)
         with torch.no_grad():
             _paired(self.pool, state, lambda pool, value: pool[slot].copy_(value[0]))
+        if self._room is not None:
+            flat = states.flatten(state)
+            self._used[slot] = max(int(flat[name].max()) for name in flat if name.endswith("position"))
 
     def read(self, slot: int) -> State:
         """A copy of the state in a slot, as the model takes it (batch 1)."""
@@ -139,7 +150,8 @@ class GraphDecode:
         if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < self.slots:
             raise PlanError(f"slot is {slot!r}; the plan has slots 0 to {self.slots - 1}")
 
-    def _check(self, tokens: Tensor, slots: Tensor) -> None:
+    def _check(self, tokens: Tensor, slots: Tensor) -> list[int]:
+        """The slots in use, where they are known here."""
         for name, value in (("tokens", tokens), ("slots", slots)):
             if value.dtype != torch.int64 or value.dim() != 1:
                 raise PlanError(f"{name} are {value.dtype} {list(value.shape)}; expected int64 [B]")
@@ -149,17 +161,31 @@ class GraphDecode:
             raise PlanError(
                 f"a batch of {tokens.shape[0]}; expected 1 to {self._sizes[-1]}, the largest of batch_sizes"
             )
-        if tokens.device.type == "cpu" and slots.device.type == "cpu":
-            used = slots[slots >= 0]
-            if used.numel() and int(used.max()) >= self.slots:
-                raise PlanError(f"slot {int(used.max())}; the plan has slots 0 to {self.slots - 1}")
-            if used.unique().numel() != used.numel():
+        used: list[int] = []
+        if slots.device.type == "cpu":
+            used = [slot for slot in slots.tolist() if slot >= 0]
+            if max(used, default=0) >= self.slots:
+                raise PlanError(f"slot {max(used)}; the plan has slots 0 to {self.slots - 1}")
+            if len(set(used)) < len(used):
                 raise PlanError(f"slots {slots.tolist()} name one twice; a slot holds one sequence")
-            wrong = (slots >= 0) & ((tokens < 0) | (tokens >= self.vocab_size))
+        elif self._room is not None:
+            raise PlanError(
+                "this model's memory grows, so slots must be on the CPU, where tokens are counted"
+            )
+        for slot in used if self._room is not None else ():
+            if self._used[slot] >= self._room:
+                raise PlanError(
+                    f"slot {slot} is full: its memory has room for {self._room} tokens; reset it, or build "
+                    "the plan with a larger max_len"
+                )
+        if tokens.device.type == "cpu":
+            wrong = (tokens < 0) | (tokens >= self.vocab_size)
+            wrong &= slots >= 0 if slots.device.type == "cpu" else True
             if bool(wrong.any()):
                 raise PlanError(
                     f"token {int(tokens[wrong][0])}; expected ids from 0 to {self.vocab_size - 1}"
                 )
+        return used
 
 
 class _Call:
@@ -212,7 +238,7 @@ class _Call:
         tokens = torch.where(active, self._tokens, 0)
         old = states.select_rows(plan.pool, rows)
         # A sequence of one token, so that its kernels are those of the prompt: see docs/int8.md.
-        logits, new = plan._model(tokens[:, None], old)
+        logits, new = plan._model(tokens[:, None], old, CAPTURED)
         new = states.where(active, new, old)
         _paired(plan.pool, new, lambda pool, value: pool.index_copy_(0, rows, value.to(pool.dtype)))
         logits = torch.where(active[:, None], logits[:, -1], 0.0)
@@ -251,6 +277,18 @@ class _NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoLists(TorchFunctionMode):
+    """Stops at methods that read a tensor's memory without an operation of their own."""
+
+    READING = frozenset({"tolist", "numpy", "cpu"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.READING:
+            raise _HostRead(name)
+        return func(*args, **(kwargs or {}))
+
+
 def host_read(model: SpikeLM, state: State) -> str | None:
     """The first place where a step reads a value on the host, in words, or None.
 
@@ -262,10 +300,10 @@ def host_read(model: SpikeLM, state: State) -> str | None:
     """
     token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     with torch.no_grad():
-        model(token, state)  # kernels compile here
+        model(token, state, CAPTURED)  # kernels compile here
         try:
-            with _NoHostReads():  # type: ignore[no-untyped-call]
-                model(token, state)
+            with _NoLists(), _NoHostReads():  # type: ignore[no-untyped-call]
+                model(token, state, CAPTURED)
         except _HostRead as error:
             part, frame = "", error.__traceback__
             while frame is not None:
