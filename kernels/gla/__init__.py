@@ -25,7 +25,9 @@ _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor],
 ]
-_FORMS: Mapping[str, _Form] = MappingProxyType({"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla})
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla}
+)
 
 
 def initial_state(
