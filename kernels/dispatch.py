@@ -36,14 +36,14 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 # op -> back-ends that exist for it
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "encode": ("reference", "torch", "c"),
+        "encode": ("reference", "torch", "c", "triton"),
         "gated_delta": ("reference", "torch"),
         "gla": ("reference", "torch"),
         "int8_linear": ("reference", "torch"),
-        "lif": ("reference", "torch", "c"),
+        "lif": ("reference", "torch", "c", "triton"),
         "planes": ("reference", "torch"),
         "shift_encode": ("reference", "torch"),
-        "wkv4": ("reference", "torch", "c"),
+        "wkv4": ("reference", "torch", "c", "triton"),
     }
 )
 
