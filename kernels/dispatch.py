@@ -41,8 +41,8 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gla": ("reference", "torch"),
         "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c", "triton"),
-        "planes": ("reference", "torch"),
-        "shift_encode": ("reference", "torch"),
+        "planes": ("reference", "torch", "c"),
+        "shift_encode": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c", "triton"),
     }
 )

@@ -44,7 +44,7 @@ void encode_int8(int64_t rows, int64_t width, double k, double dead_zone, double
         real quiet;
         thresholds_from(own, k, dead_zone, threshold + row, &quiet);
         encode_row_counted(width, threshold[row], quiet, (real)cap, x + row * width, counts + row * width,
-                           statistics + row * STATISTICS);
+                           statistics + row * ENCODE_STATISTICS);
     }
 }
 

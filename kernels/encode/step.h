@@ -21,7 +21,7 @@
 #endif
 
 /* Figures of a row of counts, in this order. */
-enum { SILENT, SUMMED, CLIPPED, LARGEST, STATISTICS };
+enum { ENCODE_SILENT, ENCODE_SUMMED, ENCODE_CLIPPED, ENCODE_LARGEST, ENCODE_STATISTICS };
 
 /* Mean of |x|. A block is summed in lanes and the lanes pairwise, whatever the width of a vector. */
 static inline real mean_magnitude(int64_t width, const real *restrict x) {
@@ -126,10 +126,10 @@ static inline void encode_row_counted(int64_t width, real threshold, real quiet,
         all_summed += sum;
         all_clipped += clipped;
     }
-    statistics[SILENT] = all_silent;
-    statistics[SUMMED] = all_summed;
-    statistics[CLIPPED] = all_clipped;
-    statistics[LARGEST] = largest;
+    statistics[ENCODE_SILENT] = all_silent;
+    statistics[ENCODE_SUMMED] = all_summed;
+    statistics[ENCODE_CLIPPED] = all_clipped;
+    statistics[ENCODE_LARGEST] = largest;
 }
 
 #endif

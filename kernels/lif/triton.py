@@ -56,7 +56,9 @@ def lif(
         KernelError: a dtype or a surrogate that the Triton form lacks.
     """
     if x.dtype not in DTYPES:
-        raise KernelError(f"lif in Triton takes float32, bfloat16 and float16, not {x.dtype}; use auto or torch")
+        raise KernelError(
+            f"lif in Triton takes float32, bfloat16 and float16, not {x.dtype}; use auto or torch"
+        )
     if neuron.surrogate not in SURROGATES:
         raise KernelError(
             f"lif in Triton knows the surrogates {', '.join(SURROGATES)}, not {neuron.surrogate!r}; "
@@ -172,7 +174,10 @@ def lif_triton_backward(
     grad_spikes, grad_last = grad_spikes.contiguous(), grad_last.contiguous()
     x, rate, checkpoints = x.contiguous(), rate.contiguous(), checkpoints.contiguous()
     rows, steps, channels = x.shape
-    grad_x, grad_first, rate_rows = torch.empty_like(x), *torch.empty_like(grad_last).new_empty(2, rows, channels)
+    grad_x, grad_first, rate_rows = (
+        torch.empty_like(x),
+        *torch.empty_like(grad_last).new_empty(2, rows, channels),
+    )
     chosen = config(torch.version.hip is not None, x.dtype, alignment(channels))
     if grad_first.numel():
         with torch.cuda.device_of(x):
@@ -235,7 +240,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.constants = constants
 
 
-def _backward(ctx: Any, grad_spikes: Tensor, grad_last: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_spikes: Tensor, grad_last: Tensor, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, rate, checkpoints, reset, valid = ctx.saved_tensors
     grads = lif_triton_backward(grad_spikes, grad_last, x, rate, checkpoints, reset, valid, *ctx.constants)
     return *grads, *[None] * (len(ctx.constants) + 3)
@@ -363,6 +370,4 @@ def compilations(target: str) -> list[Compilation]:
 
 
 def _typed(types: dict[str, str], dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    return {
-        key: f"*{dtype}" if kind == "x" else kind for key, kind in types.items() if key not in constants
-    }
+    return {key: f"*{dtype}" if kind == "x" else kind for key, kind in types.items() if key not in constants}

@@ -1,7 +1,7 @@
 """Spike counts as packed bit planes: one bit per channel for the sign and for each bit of the magnitude.
 
 What event-driven hardware and bitwise codings read, and an eighth of a byte per channel and plane to store.
-Forms: reference.py (bit by bit), eager.py (plain torch).
+Forms: reference.py (bit by bit), eager.py (plain torch), c.py and op.c (CPUs).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spikelm.errors import KernelError, ShapeError
 from spikelm.kernels.dispatch import choose
-from spikelm.kernels.planes import eager, reference
+from spikelm.kernels.planes import c, eager, reference
 
 __all__ = ["MOST_PLANES", "collapse_planes", "expand_planes"]
 
@@ -24,10 +24,10 @@ MOST_PLANES = 7
 _Expand = Callable[[Tensor, int], Tensor]
 _Collapse = Callable[[Tensor, int], Tensor]
 _EXPAND: Mapping[str, _Expand] = MappingProxyType(
-    {"reference": reference.expand_planes, "torch": eager.expand_planes}
+    {"reference": reference.expand_planes, "torch": eager.expand_planes, "c": c.expand_planes}
 )
 _COLLAPSE: Mapping[str, _Collapse] = MappingProxyType(
-    {"reference": reference.collapse_planes, "torch": eager.collapse_planes}
+    {"reference": reference.collapse_planes, "torch": eager.collapse_planes, "c": c.collapse_planes}
 )
 
 

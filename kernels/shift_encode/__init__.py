@@ -2,7 +2,7 @@
 
 For RWKV's mixers and channels: M projections read the normalised token mixed with the one before it, each
 with mixing weights of its own, as integer counts. Forms: reference.py (the equations), eager.py (plain
-torch).
+torch), c.py and op.c (CPUs).
 Sources: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048, equations 11 to 16 (token shift);
 SpikingBrain, https://arxiv.org/abs/2509.05276, section 3.3 (encoding).
 """
@@ -20,7 +20,7 @@ from spikelm.errors import KernelError, ShapeError, nearest
 from spikelm.kernels.dispatch import choose
 from spikelm.kernels.encode import LARGEST
 from spikelm.kernels.masks import check_masks
-from spikelm.kernels.shift_encode import eager, reference
+from spikelm.kernels.shift_encode import c, eager, reference
 from spikelm.kernels.shift_encode.options import NORMS, Norm, Options
 
 __all__ = ["NORMS", "shift_encode"]
@@ -32,7 +32,7 @@ _Form = Callable[
     tuple[Tensor, Tensor, Tensor, Tensor],
 ]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.shift_encode, "torch": eager.shift_encode}
+    {"reference": reference.shift_encode, "torch": eager.shift_encode, "c": c.shift_encode}
 )
 
 
@@ -82,6 +82,8 @@ def shift_encode(
     """
     _check(x, norm_weight, norm_bias, kind, last, mixes)
     check_masks(x, reset, valid)
+    if kind == "rmsnorm" and norm_bias is not None:
+        raise KernelError("shift_encode got a bias for rmsnorm, which has none; pass None")
     options = Options(
         k=_per_projection("k", k, mixes),
         dead_zone=_per_projection("dead_zone", dead_zone, mixes),

@@ -43,8 +43,7 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
     """norm(x) over the last dimension."""
     if norm.kind == "layernorm":
         return layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
-    scaled = rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
-    return scaled if norm.bias is None else scaled + norm.bias
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
 
 
 def encode_all(mixed: Tensor, options: Options, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,7 +96,7 @@ def clear(mixed: Tensor, options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=["shared", "each"])
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (3, 17, 65), (2, 31, 130), (1, 2, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (3, 17, 65), (2, 70, 130), (1, 2, 1000)], ids=str)
 def test_equals_the_parts_it_replaces(
     any_form: str,
     shape: tuple[int, int, int],
@@ -151,6 +151,43 @@ def test_a_split_anywhere_changes_nothing(any_form: str, kind: str) -> None:
         for i in (0, 1, 3):
             torch.testing.assert_close(torch.cat([first[i], second[i]], 2), whole[i], rtol=1e-12, atol=0)
         torch.testing.assert_close(second[2], whole[2], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_bits_depend_on_neither_split_nor_batch_nor_threads(c_form: None, kind: str) -> None:
+    inputs, given = make(3, 131, 90), masks(3, 131)
+    options = {**OPTIONS[1], **given}
+    whole = run(inputs, kind, torch.float32, **options)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for a, b in zip(run(inputs, kind, torch.float32, **options), whole, strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+    for cut in (1, 32, 50):
+        head = {**inputs, "x": inputs["x"][:, :cut]}
+        first = run(head, kind, torch.float32, **OPTIONS[1], **{n: m[:, :cut] for n, m in given.items()})
+        tail = {**inputs, "x": inputs["x"][:, cut:], "last": first[2]}
+        second = run(tail, kind, torch.float32, **OPTIONS[1], **{n: m[:, cut:] for n, m in given.items()})
+        for i in (0, 1, 3):
+            assert torch.equal(torch.cat([first[i], second[i]], 2), whole[i])
+        assert torch.equal(second[2], whole[2])
+    alone = {**inputs, "x": inputs["x"][1:2], "last": inputs["last"][1:2]}
+    row = run(alone, kind, torch.float32, **OPTIONS[1], **{n: m[1:2] for n, m in given.items()})
+    for i in (0, 1, 3):
+        assert torch.equal(row[i], whole[i][:, 1:2])
+
+
+def test_the_counts_are_those_of_the_encoder(c_form: None) -> None:
+    """With a mix of one the projections read the features themselves."""
+    inputs = make(2, 9, 70)
+    inputs["mixes"] = torch.ones(1, 70).double()
+    features = mixed_inputs(inputs, "layernorm")[0][0]
+    counts, thresholds, _, statistics = run(inputs, "layernorm", k=3.0, dead_zone=0.5, cap=6)
+    expected = adaptive_encode_int8(features, k=3.0, dead_zone=0.5, cap=6)
+    assert torch.equal(counts[0], expected[0]) and torch.equal(statistics[0], expected[2])
+    torch.testing.assert_close(thresholds[0], expected[1])
 
 
 def test_a_reset_is_a_new_sequence(any_form: str) -> None:
@@ -228,6 +265,8 @@ def test_wrong_inputs_are_refused() -> None:
         call(norm_bias=torch.zeros(4, device="meta"))
     with pytest.raises(KernelError, match="unknown norm 'layer'; did you mean 'layernorm'"):
         call(kind="layer")
+    with pytest.raises(KernelError, match="a bias for rmsnorm, which has none"):
+        call(kind="rmsnorm")
     with pytest.raises(KernelError, match="cap 128; int8 counts need one from 1 to 127"):
         call(cap=128)
     with pytest.raises(ShapeError, match="got 2 values of k for 3 mixes"):
