@@ -37,8 +37,8 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
-        "gated_delta": ("reference", "torch"),
-        "gla": ("reference", "torch"),
+        "gated_delta": ("reference", "torch", "triton"),
+        "gla": ("reference", "torch", "triton"),
         "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
