@@ -20,7 +20,8 @@ from torch import Tensor
 
 from spikelm.errors import KernelError
 from spikelm.kernels.ahead import Compilation
-from spikelm.kernels.gla.triton_backward import backward
+from spikelm.kernels.gla.triton_backward import keys as backward_keys
+from spikelm.kernels.gla.triton_backward import values as backward_values
 from spikelm.kernels.gla.triton_forward import combine, forward, sweep
 from spikelm.kernels.gla.triton_strong import strong_backward, strong_forward
 
@@ -44,7 +45,7 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     """Configuration of a kernel.
 
     Args:
-        kernel: forward, sweep, strong or backward.
+        kernel: forward, sweep, strong, keys or values (the last two of the backward pass).
         target: sm_80, sm_90, sm_100, or anything else for the least shared memory (64 KB).
         key_block: K rounded up to a power of 2.
         value_dim: V.
@@ -59,6 +60,11 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     keys = key_block // parts
     if kernel == "strong":
         return Tiles(chunk=chunk, values=min(value_block, 64), keys=keys, warps=8 if keys > 64 else 4, stages=1)
+    if kernel == "keys":
+        values = min(value_block, 64 if small or wide else 128)
+        return Tiles(chunk=chunk, values=values, keys=min(key_block, 32), warps=4, stages=2)
+    if kernel == "values":
+        return Tiles(chunk=chunk, values=min(value_block, 64 if keys < 128 else 32), keys=keys, warps=4, stages=2)
     area = 128 * 128 if not (wide or small) else 64 * 64
     values = max(16, min(value_block, 128, area // key_block))
     return Tiles(
@@ -229,7 +235,7 @@ def _strong(call: _Call, cut: Tiles) -> tuple[tuple[int, int, int], dict[str, An
     batch, steps, groups, heads, key_dim, _ = call.sizes
     own = call.tiles("strong")
     flags = {key: x for key, x in call.flags.items() if key != "GATE"}
-    constants = {"K": key_dim, "N": heads, "C": cut.chunk, "BK": cut.keys, "LEVELS": levels(cut.chunk)}
+    constants = {"G": groups, "K": key_dim, "N": heads, "C": cut.chunk, "BK": cut.keys, "LEVELS": levels(cut.chunk)}
     launch = {"BOUND": bound(call.how), "num_warps": own.warps, "num_stages": own.stages}
     return (-(-steps // cut.chunk), batch * groups, parts(cut, key_dim)), constants | launch | flags
 
@@ -269,8 +275,8 @@ def _sweep(
         decays,
         call.scale if reverse else 1.0,
         steps,
-        groups,
         each,
+        G=groups,
         K=key_dim,
         V=value_dim,
         N=heads if reverse else 1,
@@ -330,7 +336,7 @@ def gla_forward(
         weights, flags = _scratch(call, cut)
         if flags is not None:
             launch, more = _strong(call, cut)
-            strong_forward[launch](q, k, g, reset, valid, weights, flags, scale, steps, groups, **more)
+            strong_forward[launch](q, k, g, reset, valid, weights, flags, scale, steps, **more)
         starts = _starts(call, v, k, state, cut.chunk, segments, each, False)
         forward[(blocks, batch * groups, segments)](
             q,
@@ -346,8 +352,8 @@ def gla_forward(
             last,
             scale,
             steps,
-            groups,
             each,
+            G=groups,
             K=key_dim,
             V=value_dim,
             N=heads,
@@ -400,15 +406,19 @@ def gla_backward(
     q, k, v, g, reset, valid = call.inputs
     grad_o, grad_last = grad_o.contiguous(), grad_last.contiguous()
     batch, steps, groups, heads, key_dim, value_dim = call.sizes
-    cut, blocks, segments, each = call.plan("backward")
+    cut, blocks, segments, each = call.plan("keys")
+    cut_values = call.tiles("values")
+    key_blocks = -(-key_dim // cut.keys)
     chunks = -(-steps // cut.chunk)
     states = k.new_empty(batch * groups, chunks, value_dim, key_dim, dtype=call.how.dtype)
-    sums = [_sums(x, blocks) for x in (q, k, g)]
+    sums = [_sums(q, blocks), _sums(k, blocks), _sums(g, blocks * (key_blocks if call.flags["GATE"] == 1 else 1))]
     dq, dk, dg = sums
-    weights, flags = _scratch(call, cut)
+    weights, flags = _scratch(call, cut_values)
+    both = {"G": groups, "K": key_dim, "V": value_dim, "N": heads, "C": cut.chunk, **call.flags}
+    both["PARTS"] = parts(cut_values, key_dim)
     with on_device(q):
         if flags is not None:
-            launch, more = _strong(call, cut)
+            launch, more = _strong(call, cut_values)
             strong_backward[launch](
                 grad_o,
                 q,
@@ -424,7 +434,6 @@ def gla_backward(
                 dg,
                 scale,
                 steps,
-                groups,
                 V=value_dim,
                 BV=call.tiles("strong").values,
                 **more,
@@ -432,7 +441,7 @@ def gla_backward(
         starts = _starts(call, v, k, state.float().contiguous(), cut.chunk, segments, each, False)
         _sweep(call, v, k, starts, states, None, None, cut.chunk, segments, each, False)
         grad_ends = _starts(call, grad_o, q, grad_last, cut.chunk, segments, each, True)
-        backward[(blocks, batch * groups, segments)](
+        backward_keys[(blocks * key_blocks, batch * groups, segments)](
             grad_o,
             q,
             k,
@@ -442,38 +451,52 @@ def gla_backward(
             valid,
             states,
             grad_ends,
-            weights,
             flags,
             dq,
             dk,
-            dv,
             dg,
             grad_first,
             scale,
             batch,
             steps,
-            groups,
             each,
-            K=key_dim,
-            V=value_dim,
-            N=heads,
-            C=cut.chunk,
             BK=cut.keys,
             BV=cut.values,
-            PARTS=parts(cut, key_dim),
+            KEY_BLOCKS=key_blocks,
+            PART=cut_values.keys,
             num_warps=cut.warps,
             num_stages=cut.stages,
-            **call.flags,
+            **both,
         )
-    if blocks > 1:
-        dq, dk, dg = (
-            None if x is None else part.sum(0).to(x.dtype) for x, part in zip((q, k, g), sums, strict=True)
+        backward_values[(-(-value_dim // cut_values.values), batch * groups, segments)](
+            grad_o,
+            q,
+            k,
+            g,
+            reset,
+            valid,
+            grad_ends,
+            weights,
+            flags,
+            dv,
+            scale,
+            steps,
+            each,
+            BK=cut_values.keys,
+            BV=cut_values.values,
+            num_warps=cut_values.warps,
+            num_stages=cut_values.stages,
+            **both,
         )
-    return dq, dk, dv, no_gate if dg is None else dg.view(g.shape), grad_first
+    dq, dk, dg = (
+        part if x is None or part.shape == x.shape else part.sum(0).to(x.dtype)
+        for x, part in zip((q, k, g), sums, strict=True)
+    )
+    return dq, dk, dv, no_gate if dg is None else dg, grad_first
 
 
 def _sums(x: Tensor | None, blocks: int) -> Tensor | None:
-    """Where a gradient goes: for several blocks of V in float32, a part for each."""
+    """Where a gradient goes: for several blocks in float32, a part for each."""
     if x is None:
         return None
     return torch.empty_like(x) if blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
@@ -567,7 +590,7 @@ def _compilations(target: str, key_dim: int, value_dim: int, dtype: torch.dtype,
     x = _POINTERS[dtype]
     masks = gate == 2  # the kernels with masks take the most
     label = f"[K={key_dim},V={value_dim},{x[1:]},{('no gate', 'head gates', 'channel gates')[gate]}]"
-    integers = dict.fromkeys(("T", "G", "chunks"), "i32")
+    integers = dict.fromkeys(("T", "chunks"), "i32")
     absent = {"g": None} if gate == 0 else {}
     inputs = dict.fromkeys(("q", "k", "v", "g"), x)
     if masks:
@@ -582,7 +605,7 @@ def _compilations(target: str, key_dim: int, value_dim: int, dtype: torch.dtype,
         "PRECISION": "ieee",
         "BOUND": 8.0 if wide else 64.0,
     }
-    both = {"K": key_dim, "V": value_dim, "N": 1} | how
+    both = {"G": 32, "K": key_dim, "V": value_dim, "N": 1} | how
     found = []
 
     def add(kernel: Any, name: str, cut: Tiles, signature: dict[str, str], constants: dict[str, Any]) -> None:
@@ -606,18 +629,20 @@ def _compilations(target: str, key_dim: int, value_dim: int, dtype: torch.dtype,
         absent["dg"] = None
     if gate < 2:
         absent |= {"weights": None, "flags": None}
-    part = x if value_dim <= cut_of("backward").values else "*fp32"
+    part = x if value_dim <= cut_of("keys").values else "*fp32"
     floats = dict.fromkeys(("starts", "last", "grad_ends", "grad_first"), "*fp32")
     given = inputs | integers | floats | {"scale": "fp32", "B": "i32", "weights": x, "flags": "*u8"}
     given |= {"o": x, "grad_o": x, "states": x, "dq": part, "dk": part, "dv": x, "dg": part}
-    for name, kernel in (("forward", forward), ("backward", backward)):
+    for name, kernel in (("forward", forward), ("keys", backward_keys), ("values", backward_values)):
         cut = cut_of(name)
-        sizes = {"C": cut.chunk, "BK": cut.keys, "BV": cut.values, "PARTS": parts(cut, key_dim)}
+        sizes = {"C": cut.chunk, "BK": cut.keys, "BV": cut.values, "PARTS": parts(cut_of("values"), key_dim)}
+        sizes |= {"KEY_BLOCKS": -(-key_dim // cut.keys), "PART": cut_of("values").keys}
         add(kernel, name, cut, given, both | sizes)
-        if gate == 2:
+        if gate == 2 and name != "keys":
             kernel = strong_forward if name == "forward" else strong_backward
             own = cut_of("strong")
-            add(kernel, f"strong_{name}", own, given, both | sizes | {"LEVELS": levels(cut.chunk), "BV": own.values})
+            sizes |= {"LEVELS": levels(cut.chunk), "BV": own.values, "BK": cut.keys}
+            add(kernel, kernel.__name__, own, given, both | sizes)
     chunk, cut = cut.chunk, cut_of("sweep")
     sizes = {"C": chunk, "BK": cut.keys, "BV": cut.values, "KEY_BLOCKS": -(-key_dim // cut.keys)}
     given |= {"rows": x, "keys": x, "ends": "*fp32", "decays": "*fp32"}

@@ -23,7 +23,9 @@ def tile(base, stride, width: tl.constexpr, rows_left, first_column, valid, C: t
     """Tile [C, BLOCK] of rows ``stride`` apart; zero outside, and where ``valid`` (a tile [C]) is false."""
     i = tl.arange(0, C)
     c = first_column + tl.arange(0, BLOCK)
-    mask = (i < rows_left)[:, None] & (c < width)[None, :]
+    mask = (i < rows_left)[:, None]
+    if width % BLOCK != 0:
+        mask = mask & (c < width)[None, :]
     if HAS_VALID:
         mask = mask & valid[:, None]
     return tl.load(base + i[:, None] * stride + c[None, :], mask=mask, other=0.0)
@@ -34,7 +36,9 @@ def store_tile(base, x, stride, width: tl.constexpr, rows_left, first_column, C:
     """Store a tile [C, BLOCK] in the element type of ``base``."""
     i = tl.arange(0, C)
     c = first_column + tl.arange(0, BLOCK)
-    mask = (i < rows_left)[:, None] & (c < width)[None, :]
+    mask = (i < rows_left)[:, None]
+    if width % BLOCK != 0:
+        mask = mask & (c < width)[None, :]
     tl.store(base + i[:, None] * stride + c[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 
@@ -122,8 +126,8 @@ def pairs(size, C: tl.constexpr):
 
 @triton.jit
 def factors(
-    g, reset, valid, first, left, column, G,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    g, reset, valid, first, left, column,
+    G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
 ):
     """Products of decays from the chunk's start to each token and from it to the end, and the sum of all gates.

@@ -20,8 +20,8 @@ from spikelm.kernels.gla.triton_common import (
 
 @triton.jit
 def _part(
-    q, k, g, reset, valid, weights, flag, state, out, product, scale, first, left, kept, column, G,
-    K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    q, k, g, reset, valid, weights, flag, state, out, product, scale, first, left, kept, column,
+    G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -51,8 +51,8 @@ def _part(
 
 @triton.jit
 def forward(
-    q, k, v, g, reset, valid, starts, weights, flags, o, last, scale, T, G, chunks,
-    K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, k, v, g, reset, valid, starts, weights, flags, o, last, scale, T, chunks,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PARTS: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -159,8 +159,8 @@ def forward(
 
 @triton.jit
 def _entered(
-    k, g, reset, valid, state, values, first, left, kept, column, G,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    k, g, reset, valid, state, values, first, left, kept, column,
+    G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -174,8 +174,8 @@ def _entered(
 
 @triton.jit
 def sweep(
-    rows, keys, g, reset, valid, starts, states, ends, decays, scale, T, G, chunks,
-    K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY_BLOCKS: tl.constexpr,
+    rows, keys, g, reset, valid, starts, states, ends, decays, scale, T, chunks,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY_BLOCKS: tl.constexpr,
     GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
     REVERSE: tl.constexpr, STORE: tl.constexpr, END: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,

@@ -14,8 +14,8 @@ from spikelm.kernels.gla.triton_common import channel_gates, is_strong, join, le
 
 @triton.jit
 def strong_forward(
-    q, k, g, reset, valid, weights, flags, scale, T, G,
-    K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    q, k, g, reset, valid, weights, flags, scale, T,
+    G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
     BOUND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -60,8 +60,8 @@ def strong_forward(
 
 @triton.jit
 def strong_backward(
-    grad_o, q, k, v, g, reset, valid, weights, flags, dq, dk, dg, scale, T, G,
-    K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    grad_o, q, k, v, g, reset, valid, weights, flags, dq, dk, dg, scale, T,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     LEVELS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
     BOUND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
