@@ -39,8 +39,8 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c", "triton"),
         "event_linear": ("reference", "torch", "triton"),
-        "gated_delta": ("reference", "torch", "c"),
-        "gla": ("reference", "torch", "c"),
+        "gated_delta": ("reference", "torch", "c", "triton"),
+        "gla": ("reference", "torch", "c", "triton"),
         "int8_linear": ("reference", "torch", "c", "triton"),
         "lif": ("reference", "torch", "c", "triton"),
         "planes": ("reference", "torch", "c"),
