@@ -326,7 +326,7 @@ def test_what_is_no_count_is_refused_by_the_c_form() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_graph_breaks_on_packed_weights(layout: str) -> None:
+def test_opcheck_and_no_graph_breaks_on_packed_weights(layout: str) -> None:
     skip_without_c("int8_linear")
     counts, weight, scales = make(40, 70, 16)
     packed = PackedInt8(weight, scales, 16, layout)
