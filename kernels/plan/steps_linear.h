@@ -118,7 +118,9 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
 STEP(linear) {
     tally_floats(m, r, r->a[5], r->a[2] * r->a[3] * (int64_t)sizeof(float));
     const int64_t outputs = r->a[3], tiles = outputs / TILE;
-#pragma omp parallel for schedule(static) num_threads(m->threads) if (m->threads > 1)
+    const int threads = threads_for(m, r->a[2] * outputs);
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t tile = 0; tile < tiles; tile++) {
         linear_tile(m, r, TILE, tile * TILE);
     }
