@@ -41,7 +41,9 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gla": ("reference", "torch"),
         "int8_linear": ("reference", "torch", "c"),
         "lif": ("reference", "torch", "c"),
+        "planes": ("reference", "torch", "c"),
         "rowwise": ("reference", "torch", "c"),
+        "shift_encode": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }
 )

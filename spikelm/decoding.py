@@ -19,8 +19,10 @@ from spikelm.kernels.memory import Arena, aligned
 from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
 from spikelm.model import SpikeLM
+from spikelm.projection import Projection
 from spikelm.recurrence import Part
 from spikelm.state import State
+from spikelm.weights import Int8Linear, pack_model
 
 _PROBLEMS = (
     "",
@@ -72,6 +74,7 @@ class DecodePlan:
         # Tensors of inference mode could not be trained, and the parameters are moved here.
         with torch.inference_mode(False), torch.no_grad():
             move_weights(model)
+            pack_weights(model)
             initial = states.detach(model.init_state(1, max_len=max_len))
             self._template = initial
             state_fields, state_bytes = _layout(initial)
@@ -260,6 +263,21 @@ def move_weights(model: nn.Module) -> None:
     _moved[model] = tuple(parameter.data_ptr() for parameter in parameters)
 
 
+def pack_weights(model: nn.Module) -> None:
+    """Pack the int8 matrices of a model that are not packed yet; see :func:`spikelm.weights.pack_model`."""
+    counted = [
+        module.linear
+        for module in model.modules()
+        if isinstance(module, Projection) and isinstance(module.linear, Int8Linear) and module.neuron.spiking
+    ]
+    waiting = [linear for linear in counted if linear.packed is None]
+    if waiting and len(waiting) == len(counted):
+        pack_model(model)
+        return
+    for linear in waiting:
+        linear.pack_()
+
+
 def _check_model(model: SpikeLM) -> None:
     if model.head is None:
         raise PlanError("the model has no head, so there are no tokens to decode")
@@ -320,4 +338,8 @@ def _leaves(tree: Fields) -> list[Field]:
 def _weights(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Address and version of every parameter and buffer."""
     tensors = [*model.parameters(), *model.buffers()]
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    packed = (module.packed for module in model.modules() if isinstance(module, Int8Linear))
+    return (
+        *((tensor.data_ptr(), tensor._version) for tensor in tensors),
+        *((matrix.pointer, 0) for matrix in packed if matrix is not None),
+    )

@@ -141,11 +141,11 @@ class Projection(Part):
                 p=(plan.int8_rows(linear.weight, linear.scales, linear.group_size), bias),
             )
             return y
-        packed = getattr(linear, "packed", None)
+        packed = linear.packed
         weights = (
             plan.int8_rows(linear.weight, linear.scales, linear.group_size)
             if packed is None
-            else cast(int, plan.keep(packed).pointer)
+            else plan.keep(packed).pointer
         )
         plan.need_scratch(plan.int8_scratch(weights))
         spikes = self.neuron.lower_spikes(plan, x, state, integer=True)

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class Field:
     dtype: torch.dtype
 
 
+T = TypeVar("T")
 Fields: TypeAlias = "Mapping[str, Field | Fields]"
 """A part's state as it lies in the pool: the pytree of ``init_state`` with a field for every tensor."""
 
@@ -172,7 +173,7 @@ class Builder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def keep(self, thing: Any) -> Any:
+    def keep(self, thing: T) -> T:
         """Keep an object alive as long as the plan, and return it."""
         self.kept.append(thing)
         return thing
@@ -224,7 +225,8 @@ class Builder:
         weight, scales = weight.contiguous(), scales.contiguous()
         size = max(weight.shape[1] if group is None else group, 1)
         finite = bool(scales.isfinite().all())
-        struct = describe(*weight.shape, size, "rows", finite, weight.data_ptr(), scales.data_ptr())
+        outputs, inputs = weight.shape
+        struct = describe(outputs, inputs, size, "rows", finite, weight.data_ptr(), scales.data_ptr())
         self.kept += [weight, scales, struct]
         return ctypes.addressof(struct)
 

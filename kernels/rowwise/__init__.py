@@ -32,9 +32,12 @@ def unary(x: Tensor, function: str) -> Tensor:
         raise KernelError(nearest("elementwise function", function, FUNCTIONS))
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     form = _form(wide)
+    y: Tensor
     if form == "c":
-        return c.unary(wide, FUNCTIONS.index(function)).to(x.dtype)
-    return (reference if form == "reference" else eager).unary(wide, function).to(x.dtype)
+        y = c.unary(wide, FUNCTIONS.index(function))
+    else:
+        y = (reference if form == "reference" else eager).unary(wide, function)
+    return y.to(x.dtype)
 
 
 def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
@@ -45,9 +48,8 @@ def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
         end: of the same shape and dtype.
         weight: [D], of the same dtype.
     """
-    if _form(start) == "c":
-        return c.lerp(start, end, weight)
-    return torch.lerp(start, end, weight)
+    y: Tensor = (c.lerp if _form(start) == "c" else torch.lerp)(start, end, weight)
+    return y
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -73,9 +75,12 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, 
     if kind not in ("layernorm", "rmsnorm"):
         raise KernelError(nearest("norm", kind, ("layernorm", "rmsnorm")))
     form = _form(x)
+    y: Tensor
     if form == "c":
-        return c.norm(x, weight, bias, epsilon, kind == "layernorm")
-    return (reference if form == "reference" else eager).norm(x, weight, bias, epsilon, kind)
+        y = c.norm(x, weight, bias, epsilon, kind == "layernorm")
+    else:
+        y = (reference if form == "reference" else eager).norm(x, weight, bias, epsilon, kind)
+    return y
 
 
 def _form(x: Tensor) -> str:

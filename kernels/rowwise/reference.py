@@ -8,15 +8,21 @@ from torch import Tensor
 
 def unary(x: Tensor, function: str) -> Tensor:
     """The function of every element."""
-    wide = x.double()
-    forms = {
-        "exp": torch.exp,
-        "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
-        "silu": lambda z: z / (1 + torch.exp(-z)),
-        "logsigmoid": lambda z: torch.minimum(z, torch.zeros_like(z)) - torch.log1p(torch.exp(-z.abs())),
-        "softplus": lambda z: torch.maximum(z, torch.zeros_like(z)) + torch.log1p(torch.exp(-z.abs())),
-    }
-    y: Tensor = forms[function](wide)
+    z = x.double()
+    if function == "exp":
+        y = torch.exp(z)
+    elif function == "sigmoid":
+        y = 1 / (1 + torch.exp(-z))
+    elif function == "silu":
+        y = z / (1 + torch.exp(-z))
+    else:
+        positive = torch.log1p(torch.exp(-z.abs()))
+        zero = torch.zeros_like(z)
+        y = (
+            torch.minimum(z, zero) - positive
+            if function == "logsigmoid"
+            else torch.maximum(z, zero) + positive
+        )
     return y.to(x.dtype)
 
 

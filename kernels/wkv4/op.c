@@ -58,10 +58,7 @@ INLINE void forward_block(int count, int64_t steps, int64_t channels, const real
             memset(y, 0, (size_t)count * sizeof(real));
             continue;
         }
-#pragma omp simd
-        for (int i = 0; i < count; i++) {
-            y[i] = wkv4_token(decay[i], bonus[i], k[i], v[i], num + i, den + i, max + i);
-        }
+        wkv4_channels(count, decay, bonus, k, v, num, den, max, y);
     }
     store_state(count, state_out, channels, num, den, max);
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from spikelm.activations import squared_relu
 from spikelm.build import Build
 from spikelm.errors import ConfigError, nearest
 from spikelm.norms import behind_spikes
@@ -85,9 +86,7 @@ class MLP(Part):
         h, new["up"] = self.up(x, state["up"], ctx)
         h = self.up_norm(h)
         if self.activation != "none":
-            h = torch.relu(h)
-        if self.activation == "relu2":
-            h = h.square()
+            h = torch.relu(h) if self.activation == "relu" else squared_relu(h)
         y, new["down"] = self.down(h, state["down"], ctx)
         return y, new
 
