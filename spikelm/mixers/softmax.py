@@ -131,13 +131,14 @@ class SoftmaxMixer(Part):
             return y[:, 0], state
         position = cast(Tensor, state["position"])
         keys, values = cast(Tensor, state["keys"]), cast(Tensor, state["values"])
-        self.check_room(position + 1, keys.shape[1])
+        if not ctx.static:
+            self.check_room(position + 1, keys.shape[1])
         q, k, v, new = self._heads(x, position + self.sinks, state, ctx)
         slot = (position % keys.shape[1])[:, None, None, None].expand(-1, 1, *k.shape[1:])
         new["keys"] = keys = keys.scatter(1, slot, k[:, None].to(keys.dtype))
         new["values"] = values = values.scatter(1, slot, v[:, None].to(values.dtype))
         new["position"] = position + 1
-        filled = min(int(position.max()) + 1, keys.shape[1])
+        filled = keys.shape[1] if ctx.static else min(int(position.max()) + 1, keys.shape[1])
         keys, values = keys[:, :filled], values[:, :filled]
         visible = torch.arange(filled, device=x.device) <= position[:, None]
         if self.sinks:
