@@ -1,8 +1,8 @@
 """Gated linear attention: a matrix state per head that decays by data-dependent gates.
 
 Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations and masks are
-written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
-https://arxiv.org/abs/2509.05276.
+written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by
+SpikingBrain, https://arxiv.org/abs/2509.05276.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor],
 ]
-_FORMS: Mapping[str, _Form] = MappingProxyType({"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla})
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla}
+)
 
 
 def initial_state(
