@@ -41,8 +41,8 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gla": ("reference", "torch"),
         "int8_linear": ("reference", "torch"),
         "lif": ("reference", "torch", "c", "triton"),
-        "planes": ("reference", "torch", "c"),
-        "shift_encode": ("reference", "torch", "c"),
+        "planes": ("reference", "torch", "c", "triton"),
+        "shift_encode": ("reference", "torch", "c", "triton"),
         "wkv4": ("reference", "torch", "c", "triton"),
     }
 )
