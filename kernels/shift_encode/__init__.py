@@ -129,9 +129,7 @@ def shift_encode(
     norm = Norm(kind=kind, weight=norm_weight.detach().to(dtype), bias=bias, eps=eps)
     name, x = _choose(x), x.detach()
     x = x if name == "triton" else x.to(dtype)  # GPU kernels read half precision as it is
-    return _FORMS[name](
-        x, norm, last.detach().to(dtype), mixes.detach().to(dtype), options, reset, valid
-    )
+    return _FORMS[name](x, norm, last.detach().to(dtype), mixes.detach().to(dtype), options, reset, valid)
 
 
 def _per_projection(name: str, value: Number | Sequence[Number], mixes: Tensor) -> tuple[Number, ...]:

@@ -166,8 +166,13 @@ def test_operators_are_registered_well(device: torch.device) -> None:
 def test_compiles_without_a_graph_break(triton_form: torch.device) -> None:
     x = torch.randn(1, 4, 3, device=triton_form, requires_grad=True)
     v0, rate = torch.zeros(1, 3, device=triton_form), torch.rand(3, device=triton_form)
-    compiled = torch.compile(lambda x: lif(x, v0, rate)[0] * 2, fullgraph=True, backend="aot_eager")
-    got, plain = compiled(x), lif(x, v0, rate)[0] * 2
+    from spikelm.kernels.lif import triton
+    from spikelm.kernels.lif.neuron import Neuron
+
+    def layer(x: Tensor) -> Tensor:
+        return triton.lif(x, v0, rate, Neuron(), None, None)[0] * 2
+
+    got, plain = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
     assert torch.equal(got, plain)
     grads = [torch.autograd.grad(y.sum(), x)[0] for y in (got, plain)]
     assert torch.equal(*grads)
