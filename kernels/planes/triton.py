@@ -1,4 +1,4 @@
-"""Bit planes of counts in Triton: kernels, torch ops, and the configurations shipped (layout: reference.py)."""
+"""Bit planes of counts in Triton: kernels, torch ops, configurations shipped. Layout as in reference.py."""
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ def shift_encode_kernel(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Counts of all projections of one token, or the new last."""
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     stride = width.to(tl.int64)
     t = tl.program_id(0)  # the program of step T only writes the new last

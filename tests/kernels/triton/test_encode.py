@@ -1,7 +1,8 @@
 """encode in Triton: counts, thresholds, statistics and gradients against the equations.
 
-The mean is summed in another order than the reference's, so thresholds agree to a few roundings of float32, and
-a count may differ by one where x / V lies that close to a half: such elements are found in float64 and left out.
+The mean is summed in another order than the reference's, so thresholds agree to a few roundings of float32,
+and a count may differ by one where x / V lies that close to a half: such elements are found in float64 and
+left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """lif in Triton: spikes and membranes bit for bit, every gradient against the fp64 loop, decode in a pool.
 
-Interpreted in float32 without a GPU. Products and sums are not contracted, so float32 membranes equal those of
-the reference in the same dtype, bit for bit. Gradients are held against the fp64 loop, in channels whose
+Interpreted in float32 without a GPU. Products and sums are not contracted, so float32 membranes equal those
+of the reference in the same dtype, bit for bit. Gradients are held against the fp64 loop, in channels whose
 membranes never come within 1e-5 of the threshold: beyond such a step the two may spike differently.
 """
 

@@ -1,7 +1,7 @@
 """wkv4 in Triton: outputs, final state and every gradient against the fp64 loop, in one piece and in chunks.
 
-Interpreted in float32 without a GPU. Tolerances: float32 sums of up to a few hundred terms of order one, 1e-4;
-bfloat16 rounds y and the gradients of k and v to 8 bits, 2^-8 of their size.
+Interpreted in float32 without a GPU. Tolerances: float32 sums of up to a few hundred terms of order one,
+1e-4; bfloat16 rounds y and the gradients of k and v to 8 bits, 2^-8 of their size.
 """
 
 from __future__ import annotations
