@@ -27,30 +27,7 @@ _Form = Callable[
 ]
 
 
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    state: Tensor,
-    scale: float,
-    reset: Tensor | None,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from spikelm.kernels.gla import triton
-
-    return triton.gla(q, k, v, g, state, scale, reset, valid)
-
-
-def _fits_triton(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> bool:
-    from spikelm.kernels.gla import triton
-
-    return triton.check(q, k, v, g, state) is None
-
-
-_FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.gla, "torch": chunked.gla, "triton": _triton}
-)
+_FORMS: Mapping[str, _Form] = MappingProxyType({"reference": reference.gla, "torch": chunked.gla})
 
 
 def initial_state(
@@ -105,8 +82,10 @@ def gla(
     check_masks(q, reset, valid)
     name = choose("gla", q.device)
     if name == "triton":
-        if backend() != AUTO or _fits_triton(q, k, v, g, state):
-            return _triton(q, k, v, g, state, scale, reset, valid)
+        from spikelm.kernels.gla import triton
+
+        if backend() != AUTO or triton.check(q, k, v, g, state) is None:
+            return triton.gla(q, k, v, g, state, scale, reset, valid)
         name = "torch"
     form = _FORMS[name]
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))
