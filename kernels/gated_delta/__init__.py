@@ -1,7 +1,7 @@
 """The gated delta rule: a decaying matrix memory that replaces what it knows about a key.
 
-Forms: reference.py (the equations), chunked.py (plain torch, matrix products within chunks). Equations and
-masks are written in reference.py. Sources: Yang et al. 2024 (Gated DeltaNet), https://arxiv.org/abs/2412.06464;
+Forms: reference.py (the equations), chunked.py (plain torch, matrix products within chunks), c.py and op.c
+(CPUs). Equations and masks are written in reference.py. Sources: Yang et al. 2024 (Gated DeltaNet), https://arxiv.org/abs/2412.06464;
 its parallel form, Yang et al. 2024, https://arxiv.org/abs/2406.06484. SpikingBrain 2.0,
 https://arxiv.org/abs/2604.22575, builds its linear layers on it.
 """
@@ -17,17 +17,18 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
-from spikelm.kernels.gated_delta import chunked, reference
+from spikelm.kernels.gated_delta import autograd, chunked, reference
+from spikelm.kernels.gated_delta.decode import gated_delta_decode
 from spikelm.kernels.masks import check_masks
 
-__all__ = ["gated_delta"]
+__all__ = ["gated_delta", "gated_delta_decode"]
 
 _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor],
 ]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.gated_delta, "torch": chunked.gated_delta}
+    {"reference": reference.gated_delta, "torch": chunked.gated_delta, "c": autograd.gated_delta}
 )
 
 
@@ -70,7 +71,14 @@ def gated_delta(
     """
     _check(q, k, v, g, beta, state)
     check_masks(k, reset, valid)
-    name = choose("gated_delta", k.device)
+    name = choose(
+        "gated_delta",
+        k.device,
+        kernel="sequence",
+        dtype=str(q.dtype).removeprefix("torch."),
+        K=k.shape[3],
+        V=v.shape[3],
+    )
     if name == "triton":
         from spikelm.kernels.gated_delta import triton
 

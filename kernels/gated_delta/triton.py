@@ -333,7 +333,20 @@ def compilations(target: str) -> list[Compilation]:
         for dtype, x in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
             wide = dtype == torch.float32
             how = Products(dtype=dtype, precision="ieee")
-            names = ("q", "k", "v", "g", "beta", "o", "grad_o", "solved", "written", "wanted", "states", "slopes")
+            names = (
+                "q",
+                "k",
+                "v",
+                "g",
+                "beta",
+                "o",
+                "grad_o",
+                "solved",
+                "written",
+                "wanted",
+                "states",
+                "slopes",
+            )
             given = dict.fromkeys((*names, "dq", "dk", "dv"), x)
             given |= dict.fromkeys(("start", "last", "grad_last", "grad_first", "dg", "dbeta"), "*fp32")
             given |= {"reset": "*u8", "valid": "*u8", "T": "i32", "B": "i32", "scale": "fp32"}

@@ -16,10 +16,32 @@ from spikelm.kernels.gla.triton_common import factors, head_decays, head_gates, 
 
 @triton.jit
 def reverse(
-    grad_o, q, k, g, beta, reset, valid, grad_last, solved, wanted, slopes, dv, grad_first, scale, T,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_o,
+    q,
+    k,
+    g,
+    beta,
+    reset,
+    valid,
+    grad_last,
+    solved,
+    wanted,
+    slopes,
+    dv,
+    grad_first,
+    scale,
+    T,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dv and ``wanted``, dr, both [B, T, G, V], gradients of the states after each chunk [B G, chunks, K, V] and
     of the first state [B, G, K, V]. Grid: (blocks of V, B G)."""
@@ -60,7 +82,15 @@ def reverse(
                 q + (own + first * G) * N * K + head * K, G * N * K, K, left, 0, kept, C, BK, HAS_VALID
             )
             grads = tile(
-                grad_o + (own + first * G) * N * V + head * V, G * N * V, V, left, column, kept, C, BV, HAS_VALID
+                grad_o + (own + first * G) * N * V + head * V,
+                G * N * V,
+                V,
+                left,
+                column,
+                kept,
+                C,
+                BV,
+                HAS_VALID,
             ).to(DOT)
             product = tl.dot(keys.to(DOT), tl.trans(queries.to(DOT)), input_precision=PRECISION) * between
             to_written = tl.dot(product.to(DOT), grads, acc=to_written, input_precision=PRECISION)
@@ -77,10 +107,36 @@ def reverse(
 
 @triton.jit
 def gradients(
-    grad_o, q, k, v, g, beta, reset, valid, states, slopes, written, wanted, dq, dk, dg, dbeta, scale, B, T,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_o,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    reset,
+    valid,
+    states,
+    slopes,
+    written,
+    wanted,
+    dq,
+    dk,
+    dg,
+    dbeta,
+    scale,
+    B,
+    T,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dq, dk, and of dg and dbeta [blocks of K, B, T, G] the share of each block. Grid: (chunks, B G, blocks of K)."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)

@@ -12,8 +12,21 @@ from spikelm.kernels.gla.triton_decode import decode_tiles
 
 @triton.jit
 def decode(
-    q, k, v, g, beta, pool, slots, o, scale,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    pool,
+    slots,
+    o,
+    scale,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
 ):
     """o [B, G N, V]; pool [S, G, K, V] changes at ``slots`` [B]. Grid: (blocks of V, B G)."""
     pair = tl.program_id(1).to(tl.int64)

@@ -11,7 +11,15 @@ with values u.
 import triton
 import triton.language as tl
 
-from spikelm.kernels.gla.triton_common import factors, head_decays, head_gates, mask_row, pairs, store_tile, tile
+from spikelm.kernels.gla.triton_common import (
+    factors,
+    head_decays,
+    head_gates,
+    mask_row,
+    pairs,
+    store_tile,
+    tile,
+)
 
 
 @triton.jit
@@ -26,10 +34,23 @@ def strengths(beta, valid, first, left, G: tl.constexpr, C: tl.constexpr, HAS_VA
 
 @triton.jit
 def inverse(
-    k, g, beta, reset, valid, solved, T,
-    G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    k,
+    g,
+    beta,
+    reset,
+    valid,
+    solved,
+    T,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
 ):
     """(I + N)^-1 of every chunk, [B G, chunks, C, C]. Grid: (chunks, B G)."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
@@ -63,10 +84,33 @@ def inverse(
 
 @triton.jit
 def forward(
-    q, k, v, g, beta, reset, valid, start, solved, o, last, written, states, scale, T,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    OUTPUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    reset,
+    valid,
+    start,
+    solved,
+    o,
+    last,
+    written,
+    states,
+    scale,
+    T,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """With OUTPUT o [B, T, G N, V] and the last state [B, G, K, V]; without, for the backward pass, what is
     ``written``, u [B, T, G, V], and the states before each chunk [B G, chunks, K, V]. Grid: (blocks of V, B G)."""
@@ -121,6 +165,8 @@ def forward(
         else:
             store_tile(written + (own + first * G) * V, fresh, G * V, V, left, column, C, BV)
         entering = (keys.to(tl.float32) * until).to(DOT)
-        state = tl.dot(tl.trans(entering), fresh, acc=state * tl.exp2(total)[:, None], input_precision=PRECISION)
+        state = tl.dot(
+            tl.trans(entering), fresh, acc=state * tl.exp2(total)[:, None], input_precision=PRECISION
+        )
     if OUTPUT:
         store_tile(last + pair * K * V, state, V, V, K, column, BK, BV)

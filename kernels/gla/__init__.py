@@ -1,7 +1,7 @@
 """Gated linear attention: a matrix state per head that decays by data-dependent gates.
 
-Forms: reference.py (the equations), chunked.py (plain torch). Equations and masks are written in
-reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
+Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations and masks are
+written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
 https://arxiv.org/abs/2509.05276.
 """
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
-from spikelm.kernels.gla import chunked, reference
+from spikelm.kernels.gla import autograd, chunked, reference
+from spikelm.kernels.gla.decode import gla_decode
 from spikelm.kernels.masks import check_masks
 
-__all__ = ["gla", "initial_state"]
+__all__ = ["gla", "gla_decode", "initial_state"]
 
 _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
@@ -27,7 +28,9 @@ _Form = Callable[
 ]
 
 
-_FORMS: Mapping[str, _Form] = MappingProxyType({"reference": reference.gla, "torch": chunked.gla})
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla}
+)
 
 
 def initial_state(
@@ -80,7 +83,15 @@ def gla(
     """
     _check(q, k, v, g, state)
     check_masks(q, reset, valid)
-    name = choose("gla", q.device)
+    name = choose(
+        "gla",
+        q.device,
+        kernel="sequence",
+        dtype=str(q.dtype).removeprefix("torch."),
+        K=q.shape[3],
+        V=v.shape[3],
+        gate="none" if g is None else "channel" if g.shape[3] == q.shape[3] else "head",
+    )
     if name == "triton":
         from spikelm.kernels.gla import triton
 

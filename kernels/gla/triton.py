@@ -64,7 +64,9 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
         values = min(value_block, 64 if small or wide else 128)
         return Tiles(chunk=chunk, values=values, keys=min(key_block, 32), warps=8, stages=1)
     if kernel == "values":
-        return Tiles(chunk=chunk, values=min(value_block, 64 if keys < 128 else 32), keys=keys, warps=8, stages=1)
+        return Tiles(
+            chunk=chunk, values=min(value_block, 64 if keys < 128 else 32), keys=keys, warps=8, stages=1
+        )
     area = 128 * 128 if not (wide or small) else 64 * 64
     values = max(16, min(value_block, 128, area // key_block))
     warps = 8 if key_block * values > 64 * 64 else 4
@@ -234,7 +236,15 @@ def _strong(call: _Call, cut: Tiles) -> tuple[tuple[int, int, int], dict[str, An
     batch, steps, groups, heads, key_dim, _ = call.sizes
     own = call.tiles("strong")
     flags = {key: x for key, x in call.flags.items() if key != "GATE"}
-    constants = {"G": groups, "K": key_dim, "N": heads, "C": cut.chunk, "BK": cut.keys, "SUB": own.keys, "LEVELS": levels(cut.chunk)}
+    constants = {
+        "G": groups,
+        "K": key_dim,
+        "N": heads,
+        "C": cut.chunk,
+        "BK": cut.keys,
+        "SUB": own.keys,
+        "LEVELS": levels(cut.chunk),
+    }
     launch = {"BOUND": bound(call.how), "num_warps": own.warps, "num_stages": own.stages}
     return (-(-steps // cut.chunk), batch * groups, parts(cut, key_dim)), constants | launch | flags
 
@@ -293,7 +303,14 @@ def _sweep(
 
 
 def _starts(
-    call: _Call, rows: Tensor, keys: Tensor, first: Tensor, chunk: int, segments: int, each: int, reverse: bool
+    call: _Call,
+    rows: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    chunk: int,
+    segments: int,
+    each: int,
+    reverse: bool,
 ) -> Tensor:
     """States before each segment [B, G, segments, K, V] (in reverse: gradients of those after it)."""
     if segments == 1:
@@ -410,7 +427,11 @@ def gla_backward(
     key_blocks = -(-key_dim // cut.keys)
     chunks = -(-steps // cut.chunk)
     states = k.new_empty(batch * groups, chunks, value_dim, key_dim, dtype=call.how.dtype)
-    sums = [_sums(q, blocks), _sums(k, blocks), _sums(g, blocks * (key_blocks if call.flags["GATE"] == 1 else 1))]
+    sums = [
+        _sums(q, blocks),
+        _sums(k, blocks),
+        _sums(g, blocks * (key_blocks if call.flags["GATE"] == 1 else 1)),
+    ]
     dq, dk, dg = sums
     weights, flags = _scratch(call, cut_values)
     both = {"G": groups, "K": key_dim, "V": value_dim, "N": heads, "C": cut.chunk, **call.flags}
@@ -584,7 +605,9 @@ def compilations(target: str) -> list[Compilation]:
     return found
 
 
-def _compilations(target: str, key_dim: int, value_dim: int, dtype: torch.dtype, gate: int) -> list[Compilation]:
+def _compilations(
+    target: str, key_dim: int, value_dim: int, dtype: torch.dtype, gate: int
+) -> list[Compilation]:
     wide = dtype == torch.float32
     x = _POINTERS[dtype]
     masks = gate == 2  # the kernels with masks take the most

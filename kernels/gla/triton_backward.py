@@ -24,12 +24,39 @@ from spikelm.kernels.gla.triton_common import factors, head_decays, head_gates, 
 
 @triton.jit
 def keys(
-    grad_o, q, k, v, g, reset, valid, states, grad_ends, flags, dq, dk, dg, grad_first,
-    scale, B, T, chunks,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-    PART: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_o,
+    q,
+    k,
+    v,
+    g,
+    reset,
+    valid,
+    states,
+    grad_ends,
+    flags,
+    dq,
+    dk,
+    dg,
+    grad_first,
+    scale,
+    B,
+    T,
+    chunks,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Gradients of q, k, g and of the state before the first token.
 
@@ -105,7 +132,9 @@ def keys(
             to_gates += tl.sum(tl.sum(slope * state.to(tl.float32), axis=0)[None, :] * decay)
             right_of = tl.zeros([C], dtype=tl.float32)
         if GATE < 2 and (GATE == 1 or HAS_RESET):
-            between = head_decays(head_gates(g, reset, valid, first, G, left, C, GATE, HAS_RESET, HAS_VALID), C)
+            between = head_decays(
+                head_gates(g, reset, valid, first, G, left, C, GATE, HAS_RESET, HAS_VALID), C
+            )
         slope = slope * decay
 
         for head in range(N):
@@ -160,7 +189,9 @@ def keys(
             at_queries = dq + first * G * N * K + head * K
             if GATE == 2:
                 if (strong != 0) & (column == 0):
-                    to_queries += tile(at_queries, G * N * K, K, left, key_column, kept, C, BK, False).to(tl.float32)
+                    to_queries += tile(at_queries, G * N * K, K, left, key_column, kept, C, BK, False).to(
+                        tl.float32
+                    )
             store_tile(at_queries, to_queries, G * N * K, K, left, key_column, C, BK)
 
         at_keys = dk + first * G * K
@@ -185,18 +216,42 @@ def keys(
 
 @triton.jit
 def _values_part(
-    grads, q, k, g, reset, valid, weights, flag, slope, product, to_values, leading, scale,
-    first, left, kept, column,
-    G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grads,
+    q,
+    k,
+    g,
+    reset,
+    valid,
+    weights,
+    flag,
+    slope,
+    product,
+    to_values,
+    leading,
+    scale,
+    first,
+    left,
+    kept,
+    column,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Adds what BK key channels and a query head give to the weights ``product`` [C, C], to the gradient of the
     state before the chunk, and (with the first head, ``leading``) what the keys give to ``to_values`` [BV, C]."""
     i = tl.arange(0, C)
     loaded = tile(k + first * G * K, G * K, K, left, column, kept, C, BK, HAS_VALID)
     queries = tile(q + first * G * N * K, G * N * K, K, left, column, kept, C, BK, HAS_VALID)
-    since, until, total = factors(g, reset, valid, first, left, column, G, K, C, BK, GATE, HAS_RESET, HAS_VALID)
+    since, until, total = factors(
+        g, reset, valid, first, left, column, G, K, C, BK, GATE, HAS_RESET, HAS_VALID
+    )
     entering = loaded.to(tl.float32) * until
     carried = (queries.to(tl.float32) * scale * since).to(DOT)
     if leading:
@@ -218,11 +273,32 @@ def _values_part(
 
 @triton.jit
 def values(
-    grad_o, q, k, g, reset, valid, grad_ends, weights, flags, dv, scale, T, chunks,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PARTS: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_o,
+    q,
+    k,
+    g,
+    reset,
+    valid,
+    grad_ends,
+    weights,
+    flags,
+    dv,
+    scale,
+    T,
+    chunks,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Gradient of v. Grid: (blocks of V, B G, segments); other arguments as in ``keys`` and ``forward``."""
     column = tl.program_id(0) * BV
@@ -277,16 +353,66 @@ def values(
                 at = weights + (wide + head * all_chunks + chunk) * (PARTS * C * C)
             # The first head finds the gradient of the state after the chunk, the others add to that before it.
             slope, product, to_values = _values_part(
-                grads, q + head * K, k, g, reset, valid, at, flag, slope, product, to_values, head == 0, scale,
-                first, left, kept, 0, G, K, N, C, BK, GATE, HAS_RESET, HAS_VALID, DOT, PRECISION,
+                grads,
+                q + head * K,
+                k,
+                g,
+                reset,
+                valid,
+                at,
+                flag,
+                slope,
+                product,
+                to_values,
+                head == 0,
+                scale,
+                first,
+                left,
+                kept,
+                0,
+                G,
+                K,
+                N,
+                C,
+                BK,
+                GATE,
+                HAS_RESET,
+                HAS_VALID,
+                DOT,
+                PRECISION,
             )
             if PARTS == 2:
                 if GATE == 2:
                     at += C * C
                     flag += 1
                 slope_2, product, to_values = _values_part(
-                    grads, q + head * K, k, g, reset, valid, at, flag, slope_2, product, to_values, head == 0, scale,
-                    first, left, kept, BK, G, K, N, C, BK, GATE, HAS_RESET, HAS_VALID, DOT, PRECISION,
+                    grads,
+                    q + head * K,
+                    k,
+                    g,
+                    reset,
+                    valid,
+                    at,
+                    flag,
+                    slope_2,
+                    product,
+                    to_values,
+                    head == 0,
+                    scale,
+                    first,
+                    left,
+                    kept,
+                    BK,
+                    G,
+                    K,
+                    N,
+                    C,
+                    BK,
+                    GATE,
+                    HAS_RESET,
+                    HAS_VALID,
+                    DOT,
+                    PRECISION,
                 )
             if GATE < 2:
                 if GATE == 1 or HAS_RESET:

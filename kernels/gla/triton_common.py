@@ -19,7 +19,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def tile(base, stride, width: tl.constexpr, rows_left, first_column, valid, C: tl.constexpr, BLOCK: tl.constexpr, HAS_VALID: tl.constexpr):
+def tile(
+    base,
+    stride,
+    width: tl.constexpr,
+    rows_left,
+    first_column,
+    valid,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
     """Tile [C, BLOCK] of rows ``stride`` apart; zero outside, and where ``valid`` (a tile [C]) is false."""
     i = tl.arange(0, C)
     c = first_column + tl.arange(0, BLOCK)
@@ -32,7 +42,9 @@ def tile(base, stride, width: tl.constexpr, rows_left, first_column, valid, C: t
 
 
 @triton.jit
-def store_tile(base, x, stride, width: tl.constexpr, rows_left, first_column, C: tl.constexpr, BLOCK: tl.constexpr):
+def store_tile(
+    base, x, stride, width: tl.constexpr, rows_left, first_column, C: tl.constexpr, BLOCK: tl.constexpr
+):
     """Store a tile [C, BLOCK] in the element type of ``base``."""
     i = tl.arange(0, C)
     c = first_column + tl.arange(0, BLOCK)
@@ -51,8 +63,18 @@ def mask_row(base, rows_left, C: tl.constexpr):
 
 @triton.jit
 def channel_gates(
-    g, reset, valid, first, stride, K: tl.constexpr, rows_left, first_column,
-    C: tl.constexpr, BK: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
+    g,
+    reset,
+    valid,
+    first,
+    stride,
+    K: tl.constexpr,
+    rows_left,
+    first_column,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):
     """Log2 gates [C, BK] of the tokens from ``first``: 0 at invalid tokens, -inf at resets."""
     kept = tl.arange(0, C) < rows_left
@@ -67,8 +89,16 @@ def channel_gates(
 
 @triton.jit
 def head_gates(
-    g, reset, valid, first, stride, rows_left,
-    C: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
+    g,
+    reset,
+    valid,
+    first,
+    stride,
+    rows_left,
+    C: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):
     """Log2 gates [C] of a head's tokens from ``first``: 0 at invalid tokens, -inf at resets; zeros without gates (GATE 0)."""
     i = tl.arange(0, C)
@@ -126,9 +156,19 @@ def pairs(size, C: tl.constexpr):
 
 @triton.jit
 def factors(
-    g, reset, valid, first, left, column,
-    G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
+    g,
+    reset,
+    valid,
+    first,
+    left,
+    column,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):
     """Products of decays from the chunk's start to each token and from it to the end, and the sum of all gates.
 
@@ -137,7 +177,9 @@ def factors(
     i = tl.arange(0, C)
     if GATE == 2:
         gates = channel_gates(g, reset, valid, first, G * K, K, left, column, C, BK, HAS_RESET, HAS_VALID)
-        after = channel_gates(g, reset, valid, first + 1, G * K, K, left - 1, column, C, BK, HAS_RESET, HAS_VALID)
+        after = channel_gates(
+            g, reset, valid, first + 1, G * K, K, left - 1, column, C, BK, HAS_RESET, HAS_VALID
+        )
     else:
         gates = head_gates(g, reset, valid, first, G, left, C, GATE, HAS_RESET, HAS_VALID)[:, None]
         after = head_gates(g, reset, valid, first + 1, G, left - 1, C, GATE, HAS_RESET, HAS_VALID)[:, None]

@@ -10,9 +10,21 @@ from spikelm.kernels.gla.triton_common import LOG2E
 
 @triton.jit
 def decode(
-    q, k, v, g, pool, slots, o, scale,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    q,
+    k,
+    v,
+    g,
+    pool,
+    slots,
+    o,
+    scale,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """o [B, G N, V]; pool [S, G, K, V] changes at ``slots`` [B]. Grid: (blocks of V, B G)."""
     pair = tl.program_id(1).to(tl.int64)
@@ -88,7 +100,5 @@ def gla_decode(
 
 
 @gla_decode.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, pool: Tensor, slots: Tensor, scale: float
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, pool: Tensor, slots: Tensor, scale: float) -> Tensor:
     return v.new_empty(*q.shape[:2], v.shape[2])

@@ -20,10 +20,31 @@ from spikelm.kernels.gla.triton_common import (
 
 @triton.jit
 def _part(
-    q, k, g, reset, valid, weights, flag, state, out, product, scale, first, left, kept, column,
-    G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    g,
+    reset,
+    valid,
+    weights,
+    flag,
+    state,
+    out,
+    product,
+    scale,
+    first,
+    left,
+    kept,
+    column,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Adds what BK key channels give to ``out`` [C, BV] and ``product`` [C, C].
 
@@ -32,7 +53,9 @@ def _part(
     i = tl.arange(0, C)
     keys = tile(k + first * G * K, G * K, K, left, column, kept, C, BK, HAS_VALID)
     queries = tile(q + first * G * N * K, G * N * K, K, left, column, kept, C, BK, HAS_VALID)
-    since, until, total = factors(g, reset, valid, first, left, column, G, K, C, BK, GATE, HAS_RESET, HAS_VALID)
+    since, until, total = factors(
+        g, reset, valid, first, left, column, G, K, C, BK, GATE, HAS_RESET, HAS_VALID
+    )
     carried = (queries.to(tl.float32) * scale * since).to(DOT)
     entering = keys.to(tl.float32) * until
     out = tl.dot(carried, state.to(DOT), acc=out, input_precision=PRECISION)
@@ -51,10 +74,33 @@ def _part(
 
 @triton.jit
 def forward(
-    q, k, v, g, reset, valid, starts, weights, flags, o, last, scale, T, chunks,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PARTS: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    g,
+    reset,
+    valid,
+    starts,
+    weights,
+    flags,
+    o,
+    last,
+    scale,
+    T,
+    chunks,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Outputs [B, T, G N, V] and the last state [B, G, K, V].
 
@@ -104,8 +150,31 @@ def forward(
                 flag = flags + chunk * PARTS
                 at = weights + (wide + head * tl.cdiv(T, C) + chunk) * (PARTS * C * C)
             out, product, entering, decay = _part(
-                q + head * K, k, g, reset, valid, at, flag, state, out, product, scale, first, left, kept, 0, G,
-                K, N, C, BK, GATE, HAS_RESET, HAS_VALID, DOT, PRECISION,
+                q + head * K,
+                k,
+                g,
+                reset,
+                valid,
+                at,
+                flag,
+                state,
+                out,
+                product,
+                scale,
+                first,
+                left,
+                kept,
+                0,
+                G,
+                K,
+                N,
+                C,
+                BK,
+                GATE,
+                HAS_RESET,
+                HAS_VALID,
+                DOT,
+                PRECISION,
             )
             if PARTS == 2:
                 # The last head's decays carry the state over the chunk; before, it must stay.
@@ -117,8 +186,31 @@ def forward(
                     at += C * C
                     flag += 1
                 out, product, entering, decay = _part(
-                    q + head * K, k, g, reset, valid, at, flag, state_2, out, product, scale, first, left, kept, BK, G,
-                    K, N, C, BK, GATE, HAS_RESET, HAS_VALID, DOT, PRECISION,
+                    q + head * K,
+                    k,
+                    g,
+                    reset,
+                    valid,
+                    at,
+                    flag,
+                    state_2,
+                    out,
+                    product,
+                    scale,
+                    first,
+                    left,
+                    kept,
+                    BK,
+                    G,
+                    K,
+                    N,
+                    C,
+                    BK,
+                    GATE,
+                    HAS_RESET,
+                    HAS_VALID,
+                    DOT,
+                    PRECISION,
                 )
                 if N == 1:
                     state_2 = tl.dot(
@@ -141,13 +233,47 @@ def forward(
             store_tile(o + first * G * N * V + head * V, out, G * N * V, V, left, column, C, BV)
         if N > 1:
             state = _entered(
-                k, g, reset, valid, state, values, first, left, kept, 0, G,
-                K, C, BK, GATE, HAS_RESET, HAS_VALID, DOT, PRECISION,
+                k,
+                g,
+                reset,
+                valid,
+                state,
+                values,
+                first,
+                left,
+                kept,
+                0,
+                G,
+                K,
+                C,
+                BK,
+                GATE,
+                HAS_RESET,
+                HAS_VALID,
+                DOT,
+                PRECISION,
             )
             if PARTS == 2:
                 state_2 = _entered(
-                    k, g, reset, valid, state_2, values, first, left, kept, BK, G,
-                    K, C, BK, GATE, HAS_RESET, HAS_VALID, DOT, PRECISION,
+                    k,
+                    g,
+                    reset,
+                    valid,
+                    state_2,
+                    values,
+                    first,
+                    left,
+                    kept,
+                    BK,
+                    G,
+                    K,
+                    C,
+                    BK,
+                    GATE,
+                    HAS_RESET,
+                    HAS_VALID,
+                    DOT,
+                    PRECISION,
                 )
 
     if segment == segments - 1:
@@ -159,14 +285,31 @@ def forward(
 
 @triton.jit
 def _entered(
-    k, g, reset, valid, state, values, first, left, kept, column,
-    G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    k,
+    g,
+    reset,
+    valid,
+    state,
+    values,
+    first,
+    left,
+    kept,
+    column,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """State of BK key channels after the chunk."""
     keys = tile(k + first * G * K, G * K, K, left, column, kept, C, BK, HAS_VALID)
-    since, until, total = factors(g, reset, valid, first, left, column, G, K, C, BK, GATE, HAS_RESET, HAS_VALID)
+    since, until, total = factors(
+        g, reset, valid, first, left, column, G, K, C, BK, GATE, HAS_RESET, HAS_VALID
+    )
     entering = (keys.to(tl.float32) * until).to(DOT)
     state = state * tl.exp2(total)[:, None]
     return tl.dot(tl.trans(entering), values, acc=state, input_precision=PRECISION)
@@ -174,11 +317,34 @@ def _entered(
 
 @triton.jit
 def sweep(
-    rows, keys, g, reset, valid, starts, states, ends, decays, scale, T, chunks,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY_BLOCKS: tl.constexpr,
-    GATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    REVERSE: tl.constexpr, STORE: tl.constexpr, END: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    rows,
+    keys,
+    g,
+    reset,
+    valid,
+    starts,
+    states,
+    ends,
+    decays,
+    scale,
+    T,
+    chunks,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STORE: tl.constexpr,
+    END: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A state (transposed, [V, K]) carried over the chunks of a segment, without outputs.
 
@@ -236,8 +402,12 @@ def sweep(
         passed += total
         state = state * tl.exp2(total)[None, :]
         for head in range(N):
-            x = tile(keys + first * G * N * K + head * K, G * N * K, K, left, key_column, kept, C, BK, HAS_VALID)
-            y = tile(rows + first * G * N * V + head * V, G * N * V, V, left, row_column, kept, C, BV, HAS_VALID)
+            x = tile(
+                keys + first * G * N * K + head * K, G * N * K, K, left, key_column, kept, C, BK, HAS_VALID
+            )
+            y = tile(
+                rows + first * G * N * V + head * V, G * N * V, V, left, row_column, kept, C, BV, HAS_VALID
+            )
             if REVERSE:
                 x = x.to(tl.float32) * scale * since
             else:
@@ -251,7 +421,17 @@ def sweep(
 
 
 @triton.jit
-def combine(ends, decays, first, starts, segments, K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+def combine(
+    ends,
+    decays,
+    first,
+    starts,
+    segments,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """States before each segment [B, G, segments, K, V], of what each leaves and how much it lets through.
 
     ``first`` [B, G, K, V] is the state before the first segment (in REVERSE, the gradient after the last).

@@ -9,15 +9,41 @@ Mathematics in triton_common.py.
 import triton
 import triton.language as tl
 
-from spikelm.kernels.gla.triton_common import channel_gates, is_strong, join, level, mask_row, pairs, store_tile, tile
+from spikelm.kernels.gla.triton_common import (
+    channel_gates,
+    is_strong,
+    join,
+    level,
+    mask_row,
+    pairs,
+    store_tile,
+    tile,
+)
 
 
 @triton.jit
 def strong_forward(
-    q, k, g, reset, valid, weights, flags, scale, T,
-    G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr,
-    LEVELS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    BOUND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    g,
+    reset,
+    valid,
+    weights,
+    flags,
+    scale,
+    T,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    SUB: tl.constexpr,
+    LEVELS: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BOUND: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Weights [B G, N, chunks, parts of K, C, C] of the strong chunks. Grid: (chunks, B G, parts)."""
     chunk, part = tl.program_id(0), tl.program_id(2)
@@ -46,11 +72,21 @@ def strong_forward(
         for head in range(N):
             found = tl.zeros([C, C], dtype=tl.float32)
             for start in range(column, column + BK, SUB):
-                gates = channel_gates(g, reset, valid, first, G * K, K, left, start, C, SUB, HAS_RESET, HAS_VALID)
+                gates = channel_gates(
+                    g, reset, valid, first, G * K, K, left, start, C, SUB, HAS_RESET, HAS_VALID
+                )
                 keys = tile(k + (own + first * G) * K, G * K, K, left, start, kept, C, SUB, HAS_VALID)
                 keys = keys.to(tl.float32)
                 queries = tile(
-                    q + (own + first * G) * N * K + head * K, G * N * K, K, left, start, kept, C, SUB, HAS_VALID
+                    q + (own + first * G) * N * K + head * K,
+                    G * N * K,
+                    K,
+                    left,
+                    start,
+                    kept,
+                    C,
+                    SUB,
+                    HAS_VALID,
                 )
                 scaled = queries.to(tl.float32) * scale
                 near, far = gates, tl.zeros([C, SUB], dtype=tl.float32)
@@ -68,10 +104,34 @@ def strong_forward(
 
 @triton.jit
 def strong_backward(
-    grad_o, q, k, v, g, reset, valid, weights, flags, dq, dk, dg, scale, T,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, SUB: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_VALID: tl.constexpr,
-    BOUND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_o,
+    q,
+    k,
+    v,
+    g,
+    reset,
+    valid,
+    weights,
+    flags,
+    dq,
+    dk,
+    dg,
+    scale,
+    T,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    SUB: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BOUND: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Weights of the strong chunks, and what their pairs give to dq, dk and dg. Grid: (chunks, B G, parts)."""
     chunk, part = tl.program_id(0), tl.program_id(2)
@@ -112,7 +172,9 @@ def strong_backward(
                         grad_o + at * N * V + head * V, G * N * V, V, left, block, kept, C, BV, HAS_VALID
                     ).to(DOT)
                     to_weights = tl.dot(grads, tl.trans(values), acc=to_weights, input_precision=PRECISION)
-                    to_weights_t = tl.dot(values, tl.trans(grads), acc=to_weights_t, input_precision=PRECISION)
+                    to_weights_t = tl.dot(
+                        values, tl.trans(grads), acc=to_weights_t, input_precision=PRECISION
+                    )
                 queries = tile(q + at * N * K + head * K, G * N * K, K, left, start, kept, C, SUB, HAS_VALID)
                 scaled = queries.to(tl.float32) * scale
                 itself = i[:, None] == i[None, :]
