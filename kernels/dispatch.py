@@ -41,7 +41,7 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "event_linear": ("reference", "torch", "triton"),
         "gated_delta": ("reference", "torch"),
         "gla": ("reference", "torch"),
-        "int8_linear": ("reference", "torch", "triton"),
+        "int8_linear": ("reference", "torch", "c", "triton"),
         "lif": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }

@@ -116,7 +116,8 @@ class Projection(Part):
 
 def _as_weights(x: Tensor, linear: nn.Module) -> Tensor:
     """X in the dtype of the weights (autocast converts by itself)."""
-    weight = getattr(linear, "weight", None)
+    # Whole numbers need no other dtype, and packed weights are made anew at every look.
+    weight = None if isinstance(linear, Int8Linear) else getattr(linear, "weight", None)
     if weight is None or not weight.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(weight.dtype)

@@ -1,7 +1,8 @@
 """Integer spike counts times int8 weights: exact integer sums, scaled per output channel and group of inputs.
 
-Forms: reference.py (the equation, in integers), eager.py (plain torch), triton.py (GPUs). All give the same
-bits.
+Forms: reference.py (the equation, in integers), eager.py (plain torch), c.py with op.c and step.h (CPUs),
+triton.py (GPUs). All give the same bits. packing.py lays weights out for the C form, densely or for
+event-driven reading.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from spikelm.errors import KernelError, ShapeError
 from spikelm.kernels.dispatch import backend, choose
-from spikelm.kernels.int8_linear import eager, reference
+from spikelm.kernels.int8_linear import c, eager, reference
 
 __all__ = ["LONGEST", "dequantised", "in_out", "int8_linear", "integer_sums", "scaled_sums"]
 
@@ -34,7 +35,12 @@ def _triton(counts: Tensor, weight: Tensor, scales: Tensor, group: int) -> Tenso
 
 
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.int8_linear, "torch": eager.int8_linear, "triton": _triton}
+    {
+        "reference": reference.int8_linear,
+        "torch": eager.int8_linear,
+        "c": c.int8_linear,
+        "triton": _triton,
+    }
 )
 
 
@@ -84,6 +90,8 @@ def int8_linear(
                 f"the Triton form of int8_linear has no {scales.dtype} scales; use auto or torch"
             )
         name = "torch"
+    if name != "c":
+        _check_range(counts)  # the C form sees it on its way
     if name == "triton" and not _wants_gradient(counts, threshold, bias):
         return _fused(counts, weight, scales, max(size, 1), threshold, bias)
     y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
@@ -107,8 +115,12 @@ def integer_sums(counts: Tensor, weight: Tensor, group: int | None = None) -> Te
     """
     width = weight.shape[1]
     size = max(width if group is None else group, 1)
-    with _plain(counts.device):
-        sums = eager.integer_sums(counts.reshape(-1, width), weight, size)
+    rows = counts.reshape(-1, width)
+    if choose("int8_linear", counts.device) == "c":
+        sums: Tensor = c.int8_sums(rows, weight, size)
+    else:
+        with _plain(counts.device):
+            sums = eager.integer_sums(rows, weight, size)
     return sums.reshape(sums.shape[0], *counts.shape[:-1], weight.shape[0])
 
 
@@ -199,11 +211,11 @@ def _check(counts: Tensor, weight: Tensor, scales: Tensor, size: int) -> None:
             f"int8_linear needs scales [{outputs}, {groups}] of float32 or float64, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
+
+
+def _check_range(counts: Tensor) -> None:
     if counts.device.type == "cpu" and counts.numel() and bool((counts.abs() > eager.LARGEST).any()):
-        raise ShapeError(
-            f"int8_linear got a count of magnitude {float(counts.abs().max()):g}; expected at most 127: "
-            "cap the counts (the adaptive neuron does)"
-        )
+        raise ShapeError(c.too_large(counts))
 
 
 def _check_rest(counts: Tensor, weight: Tensor, threshold: Tensor | None, bias: Tensor | None) -> None:
