@@ -39,10 +39,13 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "encode": ("reference", "torch", "c"),
         "event_linear": ("reference", "torch", "triton"),
-        "gated_delta": ("reference", "torch"),
-        "gla": ("reference", "torch"),
+        "gated_delta": ("reference", "torch", "c"),
+        "gla": ("reference", "torch", "c"),
         "int8_linear": ("reference", "torch", "c", "triton"),
         "lif": ("reference", "torch", "c"),
+        "planes": ("reference", "torch", "c"),
+        "rowwise": ("reference", "torch", "c"),
+        "shift_encode": ("reference", "torch", "c"),
         "wkv4": ("reference", "torch", "c"),
     }
 )

@@ -1,7 +1,7 @@
 """Gated linear attention: a matrix state per head that decays by data-dependent gates.
 
-Forms: reference.py (the equations), chunked.py (plain torch). Equations and masks are written in
-reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
+Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations and masks are
+written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
 https://arxiv.org/abs/2509.05276.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose
-from spikelm.kernels.gla import chunked, reference
+from spikelm.kernels.gla import autograd, chunked, reference
 from spikelm.kernels.masks import check_masks
 
 __all__ = ["gla", "initial_state"]
@@ -25,7 +25,9 @@ _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor],
 ]
-_FORMS: Mapping[str, _Form] = MappingProxyType({"reference": reference.gla, "torch": chunked.gla})
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla}
+)
 
 
 def initial_state(

@@ -5,31 +5,11 @@
  * threads. Forward keeps the membrane at every SEGMENT-th step (checkpoints [rows][segments][channels]);
  * backward recomputes one segment at a time from its checkpoint, last to first, instead of storing the
  * charged membrane of every step.
- *
- * The charge is written operation by operation as in reference.py, so float spikes are bit-equal to it.
  */
-#include "../real.h"
+#include "step.h"
 
 #define BLOCK 128
 #define SEGMENT 32
-
-enum surrogate { ATAN, SIGMOID, TRIANGLE, STRAIGHT_THROUGH };
-
-struct neuron {
-    double threshold, v_reset, alpha;
-    int32_t soft_reset, decay_input, detach_reset, surrogate;
-};
-
-/* Charged membrane h; *drive receives d h / d rate. */
-INLINE real charge(int decay_input, real x, real v, real rate, real v_reset, real *drive) {
-    const real above = v - v_reset;
-    if (decay_input) {
-        *drive = x - above;
-        return v + *drive * rate;
-    }
-    *drive = -above;
-    return v - above * rate + x;
-}
 
 /* All pointers already point at the first channel of the block in the row. */
 INLINE void forward_block(int count, int decay_input, int soft_reset, int64_t steps,
@@ -59,14 +39,7 @@ INLINE void forward_block(int count, int decay_input, int soft_reset, int64_t st
             memset(spikes, 0, (size_t)count * sizeof(real));
             continue;
         }
-#pragma omp simd
-        for (int i = 0; i < count; i++) {
-            real drive;
-            const real h = charge(decay_input, x[i], v[i], rate[i], v_reset, &drive);
-            const real after = soft_reset ? h - threshold : v_reset;
-            spikes[i] = h >= threshold ? (real)1 : (real)0;
-            v[i] = h >= threshold ? after : h;
-        }
+        lif_channels(count, decay_input, soft_reset, threshold, v_reset, x, rate, v, spikes);
     }
     for (int i = 0; i < count; i++) {
         v_out[i] = v[i];
@@ -142,10 +115,9 @@ INLINE void recompute_segment(int count, int decay_input, int soft_reset, int64_
         for (int i = 0; i < count; i++) {
             real drive;
             const real charged = charge(decay_input, xt[i], v[i], rate[i], v_reset, &drive);
-            const real after = soft_reset ? charged - threshold : v_reset;
             h[i] = charged;
             drives[i] = drive;
-            v[i] = charged >= threshold ? after : charged;
+            v[i] = after_charge(soft_reset, charged, threshold, v_reset);
         }
     }
 }
@@ -209,20 +181,6 @@ INLINE void backward_block(int count, int decay_input, int soft_reset, int64_t s
         grad_v_in[i] = grad_v[i];
     }
 }
-
-/* Calls f with literal flags, so that each variant is a branch-free loop. */
-#define DISPATCH_VARIANT(f, count, neuron, ...)                \
-    do {                                                       \
-        if ((neuron)->decay_input && !(neuron)->soft_reset) {  \
-            f(count, 1, 0, __VA_ARGS__);                       \
-        } else if ((neuron)->decay_input) {                    \
-            f(count, 1, 1, __VA_ARGS__);                       \
-        } else if (!(neuron)->soft_reset) {                    \
-            f(count, 0, 0, __VA_ARGS__);                       \
-        } else {                                               \
-            f(count, 0, 1, __VA_ARGS__);                       \
-        }                                                      \
-    } while (0)
 
 void lif_forward(int64_t rows, int64_t steps, int64_t channels, const struct neuron *neuron, const real *x,
                  const real *v_in, const real *rate, const uint8_t *reset, const uint8_t *valid, real *spikes,

@@ -7,23 +7,11 @@
  * Forward keeps the state at every SEGMENT-th step (checkpoints [rows][segments][3][channels]); backward
  * walks the segments from the last to the first, recomputes one segment from its checkpoint into small
  * arrays and then differentiates it, so that memory stays far below one tensor of the size of k.
- *
- * Of each pair of exponentials one argument is the maximum, hence zero: one exponential per pair.
  */
-#include "../real.h"
+#include "step.h"
 
 #define BLOCK 64
 #define SEGMENT 32
-
-/* weights of the two terms: exp(a - max(a, b)) and exp(b - max(a, b)) */
-INLINE void weigh(real a, real b, real *weight_a, real *weight_b) {
-    real difference = a - b;
-    real small = exp_nonpositive(difference < 0 ? difference : -difference);
-    *weight_a = difference >= 0 ? (real)1 : small;
-    *weight_b = difference >= 0 ? small : (real)1;
-}
-
-INLINE real larger(real a, real b) { return a > b ? a : b; }
 
 INLINE void load_state(int count, const real *state, int64_t channels, real *num, real *den, real *max) {
     for (int i = 0; i < count; i++) {
@@ -70,17 +58,7 @@ INLINE void forward_block(int count, int64_t steps, int64_t channels, const real
             memset(y, 0, (size_t)count * sizeof(real));
             continue;
         }
-#pragma omp simd
-        for (int i = 0; i < count; i++) {
-            real past, now;
-            weigh(max[i], bonus[i] + k[i], &past, &now);
-            y[i] = (past * num[i] + now * v[i]) / (past * den[i] + now);
-            real decayed = max[i] + decay[i];
-            weigh(decayed, k[i], &past, &now);
-            num[i] = past * num[i] + now * v[i];
-            den[i] = past * den[i] + now;
-            max[i] = larger(decayed, k[i]);
-        }
+        wkv4_channels(count, decay, bonus, k, v, num, den, max, y);
     }
     store_state(count, state_out, channels, num, den, max);
 }

@@ -12,17 +12,21 @@ states under "key", "value", "receptance", "output"}. Deviations: none; the stat
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from spikelm.activations import sigmoid
+from spikelm.activations import lerp, sigmoid
 from spikelm.build import Build
+from spikelm.kernels.plan.builder import a_field
 from spikelm.kernels.wkv4 import wkv4
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
 from spikelm.registry import mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 EMPTY_EXPONENT = -1e38
 """Exponent p of an empty average: any key is larger."""
@@ -114,9 +118,19 @@ class WKV4(Part):
         self, x: Tensor, previous: Tensor, state: State, ctx: Context
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         new: State = {}
-        k, new["key"] = self.key(torch.lerp(previous, x, self.mix_k.to(x.dtype)), state["key"], ctx)
-        v, new["value"] = self.value(torch.lerp(previous, x, self.mix_v.to(x.dtype)), state["value"], ctx)
-        r, new["receptance"] = self.receptance(
-            torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
-        )
+        k, new["key"] = self.key(lerp(previous, x, self.mix_k), state["key"], ctx)
+        v, new["value"] = self.value(lerp(previous, x, self.mix_v), state["value"], ctx)
+        r, new["receptance"] = self.receptance(lerp(previous, x, self.mix_r), state["receptance"], ctx)
         return k, v, r, new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        mixes = [self.mix_k, self.mix_v, self.mix_r]
+        to_key, to_value, to_receptance = plan.shift(x, state["shift"], mixes)
+        k = plan.child(self.key, to_key, state["key"])
+        v = plan.child(self.value, to_value, state["value"])
+        r = plan.child(self.receptance, to_receptance, state["receptance"])
+        y = plan.register(v.width)
+        decay = -torch.exp(self.time_decay.detach())
+        plan.record("wkv4", k, v, y, a_field(state["wkv"]), v.width, p=(decay, self.time_first))
+        return plan.child(self.output, plan.gate(r, y), state["output"])
