@@ -37,16 +37,16 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 # op -> back-ends that exist for it
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "encode": ("reference", "torch", "c"),
+        "encode": ("reference", "torch", "c", "triton"),
         "event_linear": ("reference", "torch", "triton"),
-        "gated_delta": ("reference", "torch", "c"),
-        "gla": ("reference", "torch", "c"),
+        "gated_delta": ("reference", "torch", "c", "triton"),
+        "gla": ("reference", "torch", "c", "triton"),
         "int8_linear": ("reference", "torch", "c", "triton"),
-        "lif": ("reference", "torch", "c"),
+        "lif": ("reference", "torch", "c", "triton"),
         "planes": ("reference", "torch", "c"),
         "rowwise": ("reference", "torch", "c"),
         "shift_encode": ("reference", "torch", "c"),
-        "wkv4": ("reference", "torch", "c"),
+        "wkv4": ("reference", "torch", "c", "triton"),
     }
 )
 

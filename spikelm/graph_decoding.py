@@ -175,8 +175,8 @@ class GraphDecode:
             raise PlanError(
                 "this model's memory grows, so slots must be on the CPU, where tokens are counted"
             )
-        for slot in used if self._room is not None else ():
-            if self._used[slot] >= self._room:
+        for slot in used:
+            if self._room is not None and self._used[slot] >= self._room:
                 raise PlanError(
                     f"slot {slot} is full: its memory has room for {self._room} tokens; reset it, or build "
                     "the plan with a larger max_len"

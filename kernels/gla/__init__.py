@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ShapeError
-from spikelm.kernels.dispatch import choose
+from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gla import autograd, chunked, reference
 from spikelm.kernels.masks import check_masks
 
@@ -25,8 +25,31 @@ _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor],
 ]
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    scale: float,
+    reset: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from spikelm.kernels.gla import triton
+
+    return triton.gla(q, k, v, g, state, scale, reset, valid)
+
+
+def _fits_triton(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> bool:
+    from spikelm.kernels.gla import triton
+
+    return triton.check(q, k, v, g, state) is None
+
+
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla}
+    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla, "triton": _triton}
 )
 
 
@@ -80,7 +103,12 @@ def gla(
     """
     _check(q, k, v, g, state)
     check_masks(q, reset, valid)
-    form = _FORMS[choose("gla", q.device)]
+    name = choose("gla", q.device)
+    if name == "triton":
+        if backend() != AUTO or _fits_triton(q, k, v, g, state):
+            return _triton(q, k, v, g, state, scale, reset, valid)
+        name = "torch"
+    form = _FORMS[name]
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))
     dtype = torch.float64 if wide else torch.float32
     # Autocast would run the products in 16 bits, and a state is summed over the whole text.

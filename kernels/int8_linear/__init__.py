@@ -35,12 +35,7 @@ def _triton(counts: Tensor, weight: Tensor, scales: Tensor, group: int) -> Tenso
 
 
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {
-        "reference": reference.int8_linear,
-        "torch": eager.int8_linear,
-        "c": c.int8_linear,
-        "triton": _triton,
-    }
+    {"reference": reference.int8_linear, "torch": eager.int8_linear, "c": c.int8_linear, "triton": _triton}
 )
 
 

@@ -55,7 +55,8 @@ def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
 def softmax(x: Tensor) -> Tensor:
     """Softmax over the last dimension of floating x [.., D], in its dtype."""
     if x.shape[-1] and _form(x) == "c":
-        return c.softmax(x)
+        y: Tensor = c.softmax(x)
+        return y
     return torch.softmax(x, -1)
 
 
