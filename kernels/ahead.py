@@ -12,6 +12,7 @@ bytes of each, and a hash of the sources, so that a table that is out of date is
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -100,14 +101,27 @@ def modules() -> list[str]:
 
 
 def source_hash(module: str) -> str:
-    """Hash of what decides a module's table: its folder's Triton sources and those shared by all."""
-    folder = FOLDER / module.split(".")[2]
+    """Hash of what decides a module's table: its file and the Triton sources that it imports, theirs too."""
     digest = hashlib.sha256()
-    shared = [path for path in sorted(FOLDER.glob("triton*.py")) if path.name != "triton_excluded.py"]
-    for path in [*sorted(folder.glob("triton*.py")), *shared]:
+    for path in _sources(module):
         digest.update(path.read_bytes())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def _sources(module: str) -> list[Path]:
+    """Files ``triton*.py`` that a module reads, itself among them."""
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        path = FOLDER.joinpath(*waiting.pop().split(".")[2:]).with_suffix(".py")
+        if path in found or not path.name.startswith("triton") or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spikelm.kernels"):
+                waiting += [str(node.module), *(f"{node.module}.{name.name}" for name in node.names)]
+    return sorted(found)
 
 
 def compilations(module: str, target: str) -> list[Compilation]:
