@@ -1,0 +1,38 @@
+"""Our ops under the call signatures of an independent harness: what it names as OP:MODULE:FUNC.
+
+    PATH_TO_HARNESS --ops wkv4,lif,encode --candidate wkv4:benchmarks.gpu_candidates:wkv4@spikelm ...
+
+Inputs are [B, T, C]; a harness measures forward, and backward through autograd, on its own inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikelm.kernels import encode as encode_op
+from spikelm.kernels import lif as lif_op
+from spikelm.kernels import wkv4 as wkv4_op
+
+
+def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """RWKV-4's wkv; decay exp(-exp(w)), state [B, 3, 1, C] = (num, den, max)."""
+    y, last = wkv4_op.wkv4(w, u, k, v, state.squeeze(2))
+    return y, last.unsqueeze(2)
+
+
+def lif(x: Tensor, beta: float, theta: float, reset: str, alpha: float) -> Tensor:
+    """Spikes of h = beta v + x >= theta, with a soft or hard reset and the arctan surrogate."""
+    batch, _, channels = x.shape
+    v0 = torch.zeros(batch, channels, device=x.device)
+    rate = torch.full((channels,), 1 - beta, device=x.device)
+    spikes, _ = lif_op.lif(
+        x, v0, rate, threshold=theta, soft_reset=reset == "soft", decay_input=False, alpha=alpha
+    )
+    return spikes
+
+
+def encode(x: Tensor, k: float, smax: int) -> tuple[Tensor, Tensor]:
+    """Counts round(x / V) up to smax as int8, and V = mean|x| / k of every row."""
+    counts, threshold, _ = encode_op.adaptive_encode_int8(x, k=k, cap=smax)
+    return counts, threshold
