@@ -1,6 +1,6 @@
 """Our ops under the call signatures of an independent harness: what it names as OP:MODULE:FUNC.
 
-    PATH_TO_HARNESS --ops wkv4,lif,encode --candidate wkv4:benchmarks.gpu_candidates:wkv4@spikelm ...
+    PATH_TO_HARNESS --ops wkv4,lif,encode,spmv --candidate wkv4:benchmarks.gpu_candidates:wkv4@spikelm ...
 
 Inputs are [B, T, C]; a harness measures forward, and backward through autograd, on its own inputs.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from spikelm.kernels import encode as encode_op
 from spikelm.kernels import lif as lif_op
 from spikelm.kernels import wkv4 as wkv4_op
+from spikelm.kernels.event_linear import event_linear
 
 
 def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,3 +37,8 @@ def encode(x: Tensor, k: float, smax: int) -> tuple[Tensor, Tensor]:
     """Counts round(x / V) up to smax as int8, and V = mean|x| / k of every row."""
     counts, threshold, _ = encode_op.adaptive_encode_int8(x, k=k, cap=smax)
     return counts, threshold
+
+
+def spmv(x: Tensor, wt: Tensor) -> Tensor:
+    """x [1, N_in] with zeros times wt [N_in, N_out], of which only the rows that x needs are read."""
+    return event_linear(x, wt)
