@@ -59,21 +59,18 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     parts = 2 if key_block > 64 else 1
     keys = key_block // parts
     if kernel == "strong":
-        return Tiles(
-            chunk=chunk, values=min(value_block, 64), keys=keys, warps=8 if keys > 64 else 4, stages=1
-        )
+        return Tiles(chunk=chunk, values=min(value_block, 32), keys=16, warps=8, stages=1)
     if kernel == "keys":
         values = min(value_block, 64 if small or wide else 128)
-        return Tiles(chunk=chunk, values=values, keys=min(key_block, 32), warps=4, stages=2)
+        return Tiles(chunk=chunk, values=values, keys=min(key_block, 32), warps=8, stages=1)
     if kernel == "values":
         return Tiles(
-            chunk=chunk, values=min(value_block, 64 if keys < 128 else 32), keys=keys, warps=4, stages=2
+            chunk=chunk, values=min(value_block, 64 if keys < 128 else 32), keys=keys, warps=8, stages=1
         )
     area = 128 * 128 if not (wide or small) else 64 * 64
     values = max(16, min(value_block, 128, area // key_block))
-    return Tiles(
-        chunk=chunk, values=values, keys=keys, warps=8 if key_block * values > 64 * 64 else 4, stages=2
-    )
+    warps = 8 if key_block * values > 64 * 64 else 4
+    return Tiles(chunk=chunk, values=values, keys=keys, warps=warps, stages=1)
 
 
 def power_of_2(n: int) -> int:
@@ -245,6 +242,7 @@ def _strong(call: _Call, cut: Tiles) -> tuple[tuple[int, int, int], dict[str, An
         "N": heads,
         "C": cut.chunk,
         "BK": cut.keys,
+        "SUB": own.keys,
         "LEVELS": levels(cut.chunk),
     }
     launch = {"BOUND": bound(call.how), "num_warps": own.warps, "num_stages": own.stages}
@@ -665,7 +663,7 @@ def _compilations(
         if gate == 2 and name != "keys":
             kernel = strong_forward if name == "forward" else strong_backward
             own = cut_of("strong")
-            sizes |= {"LEVELS": levels(cut.chunk), "BV": own.values, "BK": cut.keys}
+            sizes |= {"LEVELS": levels(cut.chunk), "BV": own.values, "BK": cut.keys, "SUB": own.keys}
             add(kernel, kernel.__name__, own, given, both | sizes)
     chunk, cut = cut.chunk, cut_of("sweep")
     sizes = {"C": chunk, "BK": cut.keys, "BV": cut.values, "KEY_BLOCKS": -(-key_dim // cut.keys)}
