@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,7 +28,12 @@ from pathlib import Path
 from spikelm.errors import KernelError
 
 CANDIDATES = ("cc", "gcc", "clang")
-BASE_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+# The two -fno flags change no result: they say that nobody looks at errno or at the exception flags, without
+# which GCC does not vectorise a loop with a comparison.
+BASE_FLAGS = (
+    *("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"),
+    *("-fPIC", "-shared"),
+)
 # Tried in this order; compilers without OpenMP (Apple's) or without -march=native still give a library.
 TARGET_FLAGS = (
     ("-march=native", "-fopenmp"),
@@ -37,6 +43,7 @@ TARGET_FLAGS = (
     (),
 )
 TIMEOUT_S = 300
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 ENVIRONMENT = ("CC", "PATH", "SPIKELM_CACHE", "XDG_CACHE_HOME", "HOME")
 
 
@@ -71,7 +78,7 @@ def load(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """Shared library of one C file, compiled if the cache lacks it.
 
     Args:
-        source: the C file; headers beside it and one folder above belong to the key.
+        source: the C file; what it includes in quotes belongs to the key.
         defines: preprocessor names to define, for example ``["SPIKELM_DOUBLE"]``.
 
     Raises:
@@ -138,9 +145,8 @@ def _load(source: Path, defines: tuple[str, ...], environment: tuple[str, ...]) 
 
 def _key(source: Path, command: list[str], flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    texts = [source, *sorted(source.parent.glob("*.h")), *sorted(source.parent.parent.glob("*.h"))]
     for part in (
-        *(text.read_text() for text in texts),
+        *(text.read_text() for text in included(source)),
         *command,
         _version(tuple(command)),
         *flags,
@@ -149,6 +155,19 @@ def _key(source: Path, command: list[str], flags: tuple[str, ...]) -> str:
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:24]
+
+
+def included(source: Path) -> list[Path]:
+    """A C file and all files that it includes in quotes, directly or not, each once and in a fixed order."""
+    found, waiting = [source], [source]
+    while waiting:
+        text = waiting.pop()
+        for name in _INCLUDE.findall(text.read_text()):
+            path = Path(os.path.normpath(text.parent / name))
+            if path.is_file() and path not in found:
+                found.append(path)
+                waiting.append(path)
+    return found
 
 
 def _open(library: Path, source: Path, compile_command: list[str]) -> ctypes.CDLL:

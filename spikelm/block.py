@@ -14,6 +14,7 @@ State: {"mixer", "channel", "mixer_neuron", "channel_neuron"}.
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part
 from spikelm.registry import channels, mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 CHILDREN = ("mixer", "channel", "mixer_neuron", "channel_neuron")
 
@@ -94,6 +98,15 @@ class Block(Part):
         y, new["channel"] = self.channel(self.channel_norm(x), state["channel"], ctx)
         y, new["channel_neuron"] = fire(self.channel_neuron, y, state["channel_neuron"], ctx)
         return x + y.to(x.dtype), new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """The four children and two additions."""
+        for name in ("mixer", "channel"):
+            y = plan.norm(getattr(self, f"{name}_norm"), x)
+            y = plan.child(getattr(self, name), y, state[name])
+            y = plan.child(getattr(self, f"{name}_neuron"), y, state[f"{name}_neuron"])
+            x = plan.add(x, y)
+        return x
 
 
 def build_child(config: ModelConfig, layer: int, prefix: str, kind: str, name: str, spec: Spec) -> Part:

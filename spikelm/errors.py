@@ -44,6 +44,10 @@ class KernelError(SpikeLMError):
     """A kernel back-end that was asked for and is not available, or that refused its inputs."""
 
 
+class PlanError(KernelError):
+    """A model, part or call that a decode plan cannot run."""
+
+
 class TrainingError(SpikeLMError):
     """Training cannot go on, for example because the loss is not finite.
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from spikelm import state as states
-from spikelm.errors import ConfigError, ShapeError
+from spikelm.errors import ConfigError, PlanError, ShapeError
 from spikelm.randomness import CounterRandom
 from spikelm.state import State
 
 if TYPE_CHECKING:
     from spikelm.codings import Coding
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
     from spikelm.meter import Meter
 
 
@@ -37,6 +38,8 @@ class Context:
             training steps.
         sinks: this call is the model's sink prefix, which softmax attention sees without causal mask and
             keeps in sight of all later tokens.
+        static: no size may depend on a value and nothing may be read on the host, because the call is being
+            captured into a graph; the caller sees to it that growing memory has room.
     """
 
     reset: Tensor | None = None
@@ -48,6 +51,7 @@ class Context:
     coding: Coding | None = None
     loads: dict[str, Tensor] | None = None
     sinks: bool = False
+    static: bool = False
 
     def at(self, t: int) -> Context:
         """The context of the single step at column ``t`` (reset and valid are the scan's business)."""
@@ -135,6 +139,23 @@ class Part(nn.Module):
     def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """T tokens: x [B, T, D] -> (y [B, T, D'], state after the last one)."""
         return scan(self, x, state, ctx)
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """Write ``step`` as records into a decode plan (docs/decoding.md).
+
+        Args:
+            plan: the plan under construction.
+            x: register of the input, [B, D].
+            state: where the tensors of ``init_state`` lie in the pool, under the same names.
+
+        Returns:
+            Register of the output.
+
+        Raises:
+            PlanError: the part, in this form, has no records.
+        """
+        name = f"{self.path} ({type(self).__name__})" if self.path else type(self).__name__
+        raise PlanError(f"{name} has no lower(), so its model cannot be compiled into a decode plan")
 
     def forward(self, x: Tensor, state: State | None = None, ctx: Context = EMPTY) -> tuple[Tensor, State]:
         """``step`` for x [B, D], ``sequence`` for x [B, T, D]; a missing state is the initial one."""

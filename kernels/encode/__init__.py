@@ -1,7 +1,7 @@
 """Adaptive spike encoding: floating activations to integer counts and one threshold per row.
 
-Forms: reference.py (the equations), eager.py (plain torch), c.py and op.c (CPUs). Equations are written in
-reference.py. Source: SpikingBrain, https://arxiv.org/abs/2509.05276, section 3.3.
+Forms: reference.py (the equations), eager.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs).
+Equations are written in reference.py. Source: SpikingBrain, https://arxiv.org/abs/2509.05276, section 3.3.
 """
 
 from __future__ import annotations
@@ -13,17 +13,63 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import KernelError, ShapeError
-from spikelm.kernels.dispatch import backend, choose
+from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.encode import autograd, eager, reference
 
-__all__ = ["adaptive_encode"]
+__all__ = ["LARGEST", "adaptive_encode", "adaptive_encode_int8", "decode_counts"]
 
-_Form = Callable[[Tensor, float, float, int], tuple[Tensor, Tensor]]
+LARGEST = 127
+"""Largest |count| that int8 holds (-128 is never used)."""
+
+
+def _triton(x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    from spikelm.kernels.encode import triton
+
+    found: tuple[Tensor, Tensor] = triton.adaptive_encode(x, k, dead_zone, cap, mean)
+    return found
+
+
+def _triton_int8(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from spikelm.kernels.encode import triton
+
+    found: tuple[Tensor, Tensor, Tensor] = triton.adaptive_encode_int8(x, k, dead_zone, cap, mean)
+    return found
+
+
+def _triton_decode(counts: Tensor, threshold: Tensor) -> Tensor:
+    from spikelm.kernels.encode import triton
+
+    found: Tensor = triton.decode_counts(counts, threshold)
+    return found
+
+
+_Form = Callable[[Tensor, float, float, int, Tensor | None], tuple[Tensor, Tensor]]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
     {
         "reference": reference.adaptive_encode,
         "torch": eager.adaptive_encode,
         "c": autograd.adaptive_encode,
+        "triton": _triton,
+    }
+)
+_Int8Form = Callable[[Tensor, float, float, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+_INT8_FORMS: Mapping[str, _Int8Form] = MappingProxyType(
+    {
+        "reference": reference.adaptive_encode_int8,
+        "torch": reference.adaptive_encode_int8,
+        "c": autograd.adaptive_encode_int8,
+        "triton": _triton_int8,
+    }
+)
+_DecodeForm = Callable[[Tensor, Tensor], Tensor]
+_DECODE_FORMS: Mapping[str, _DecodeForm] = MappingProxyType(
+    {
+        "reference": reference.decode_counts,
+        "torch": reference.decode_counts,
+        "c": autograd.decode_counts,
+        "triton": _triton_decode,
     }
 )
 
@@ -43,7 +89,7 @@ def adaptive_encode(
         dead_zone: counts are zero where |x| < dead_zone * mean|x|.
         cap: |count| <= cap.
         mean: [.., 1], mean|x| of the whole rows where x holds only a part of them (tensor parallelism); a
-            constant. The C form does not take it: auto uses the torch form then, with the same bits.
+            constant.
 
     Returns:
         counts [.., D] and threshold [.., 1], float32 (float64 for float64). The gradient is
@@ -51,16 +97,95 @@ def adaptive_encode(
 
     Raises:
         ShapeError: x is a scalar or not floating.
-        KernelError: a back-end that was asked for and is not available, or the C form with ``mean``.
+        KernelError: a back-end that was asked for and is not available.
     """
+    _check("adaptive_encode", x, mean)
+    name, dtype = _choose(x), _working_dtype(x)
+    given = None if mean is None else mean.detach().to(dtype)
+    # GPU kernels read half precision as it is.
+    return _FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
+
+
+def adaptive_encode_int8(
+    x: Tensor, *, k: float, dead_zone: float = 0.0, cap: int = LARGEST, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The counts of :func:`adaptive_encode` as int8, with what a meter wants to know of them; no gradient.
+
+    In one form the counts and thresholds are those of :func:`adaptive_encode`, bit for bit. int8 has no NaN:
+    where that function gives one, the count here is 0, and the row's threshold is NaN (an infinity in x:
+    infinite), so that count times threshold is NaN as there.
+
+    Args:
+        x: [.., D]; bfloat16 and float16 are encoded in float32.
+        k: counts of an element of mean magnitude; V = mean|x| / k over the last dimension, at least 1e-8.
+        dead_zone: counts are zero where |x| < dead_zone * mean|x|.
+        cap: |count| <= cap, from 1 to 127.
+        mean: [.., 1], mean|x| of the whole rows where x holds only a part of them.
+
+    Returns:
+        counts int8 [.., D], threshold [.., 1] float32 (float64 for float64) and statistics int64 [.., 4] of
+        each row: silent channels (count 0), sum of |count|, counts that the cap cut off, largest |count|.
+
+    Raises:
+        ShapeError: x is a scalar or not floating, or ``mean`` does not fit.
+        KernelError: a cap beyond int8, or a back-end that was asked for and is not available.
+    """
+    _check("adaptive_encode_int8", x, mean)
+    if not 1 <= cap <= LARGEST:
+        raise KernelError(f"adaptive_encode_int8 got cap {cap}; int8 counts need one from 1 to {LARGEST}")
+    name, dtype, x = _choose(x), _working_dtype(x), x.detach()
+    given = None if mean is None else mean.detach().to(dtype)
+    return _INT8_FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
+
+
+def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
+    """What the counts stand for, n V: the straight-through partner of :func:`adaptive_encode`.
+
+    Args:
+        counts: [.., D], int8 or floating.
+        threshold: [.., 1], float32 or float64; a constant for the gradient.
+
+    Returns:
+        counts * threshold [.., D] in the threshold's dtype. The gradient of floating counts is
+        grad * threshold.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit.
+        KernelError: a back-end that was asked for and is not available.
+    """
+    if counts.dim() == 0 or not (counts.is_floating_point() or counts.dtype == torch.int8):
+        raise ShapeError(
+            f"decode_counts needs int8 or floating counts [.., D], got {counts.dtype} {list(counts.shape)}"
+        )
+    if (
+        threshold.shape != (*counts.shape[:-1], 1)
+        or threshold.dtype not in (torch.float32, torch.float64)
+        or threshold.device != counts.device
+    ):
+        raise ShapeError(
+            f"decode_counts needs a threshold {[*counts.shape[:-1], 1]} of float32 or float64 on "
+            f"{counts.device}, got {threshold.dtype} {list(threshold.shape)} on {threshold.device}"
+        )
+    return _DECODE_FORMS[choose("encode", counts.device)](counts, threshold)
+
+
+def _choose(x: Tensor) -> str:
+    name = choose("encode", x.device)
+    # GPU kernels compute in float32.
+    return "torch" if name == "triton" and x.dtype == torch.float64 and backend() == AUTO else name
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(name: str, x: Tensor, mean: Tensor | None) -> None:
     if x.dim() == 0 or not x.is_floating_point():
-        raise ShapeError(f"adaptive_encode needs floating x [.., D], got {x.dtype} {list(x.shape)}")
-    name, x = choose("encode", x.device), x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if mean is None:
-        return _FORMS[name](x, k, dead_zone, cap)
-    if mean.shape != (*x.shape[:-1], 1):
-        raise ShapeError(f"mean is {list(mean.shape)}; expected {[*x.shape[:-1], 1]} for x {list(x.shape)}")
-    if name == "c" and backend() == "c":
-        raise KernelError("the C form of encode takes no mean of whole rows; use auto or torch")
-    given = reference.adaptive_encode if name == "reference" else eager.adaptive_encode
-    return given(x, k, dead_zone, cap, mean.detach().to(x.dtype))
+        raise ShapeError(f"{name} needs floating x [.., D], got {x.dtype} {list(x.shape)}")
+    if mean is not None and (
+        mean.shape != (*x.shape[:-1], 1) or not mean.is_floating_point() or mean.device != x.device
+    ):
+        raise ShapeError(
+            f"mean must be floating {[*x.shape[:-1], 1]} on {x.device} for x {list(x.shape)}, "
+            f"got {mean.dtype} {list(mean.shape)} on {mean.device}"
+        )

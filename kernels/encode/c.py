@@ -12,21 +12,27 @@ from torch import Tensor
 from spikelm.kernels.compile import load
 from spikelm.kernels.pointers import address, threads_for
 
+STATISTICS = 4  # figures of a row, as in step.h
+
 
 @cache
 def _library(dtype: torch.dtype) -> CDLL:
     library = load(Path(__file__).with_name("op.c"), ("SPIKELM_DOUBLE",) if dtype == torch.float64 else ())
-    sizes = [c_int64] * 2
-    library.encode_forward.argtypes = [*sizes, *[c_double] * 3, *[c_void_p] * 5, c_int]
+    sizes, options = [c_int64] * 2, [c_double] * 3
+    library.encode_forward.argtypes = [*sizes, *options, *[c_void_p] * 6, c_int]
     library.encode_forward.restype = c_int64
+    library.encode_int8.argtypes = [*sizes, *options, *[c_void_p] * 5, c_int]
+    library.decode_counts.argtypes = [*sizes, *[c_void_p] * 3, c_int]
     library.encode_mask.argtypes = [*sizes, c_double, *[c_void_p] * 5, c_int]
     library.encode_backward.argtypes = [*sizes, *[c_void_p] * 5, c_int]
+    library.encode_int8.restype = library.decode_counts.restype = None
     library.encode_mask.restype = library.encode_backward.restype = None
     return library
 
 
-@torch.library.custom_op("spikelm::encode_forward", mutates_args=(), device_types="cpu")
-def encode_forward(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts [.., D], threshold [.., 1], slots int32 [..] and mask uint8 [N, D].
 
     N rows hold a count that the cap cut off (usually none does); ``slots`` is a row's place in ``mask``, or
@@ -38,7 +44,8 @@ def encode_forward(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Ten
     threshold, quiet = x.new_empty(*x.shape[:-1], 1), x.new_empty(x.shape[:-1])
     slots = x.new_empty(x.shape[:-1], dtype=torch.int32)
     sizes, library = (slots.numel(), width), _library(x.dtype)
-    results = map(address, (x, counts, threshold, quiet, slots))
+    given = None if mean is None else mean.contiguous()
+    results = map(address, (x, given, counts, threshold, quiet, slots))
     clipped_rows = library.encode_forward(*sizes, k, dead_zone, cap, *results, threads)
     mask = x.new_empty(clipped_rows, width, dtype=torch.uint8)
     if clipped_rows:
@@ -46,8 +53,15 @@ def encode_forward(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Ten
     return counts, threshold, slots, mask
 
 
+encode_forward = torch.library.custom_op(
+    "spikelm::encode_forward", forward, mutates_args=(), device_types="cpu"
+)
+
+
 @encode_forward.register_fake
-def _(x: Tensor, k: float, dead_zone: float, cap: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     clipped_rows = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(x.shape),
@@ -75,3 +89,50 @@ def encode_backward(grad_counts: Tensor, threshold: Tensor, slots: Tensor, mask:
 @encode_backward.register_fake
 def _(grad_counts: Tensor, threshold: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
     return grad_counts.new_empty(grad_counts.shape)
+
+
+def int8(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts int8 [.., D], threshold [.., 1] and statistics int64 [.., 4] of x [.., D]."""
+    x = x.contiguous()
+    counts = torch.empty_like(x, dtype=torch.int8)
+    threshold = x.new_empty(*x.shape[:-1], 1)
+    statistics = x.new_empty(*x.shape[:-1], STATISTICS, dtype=torch.int64)
+    given = None if mean is None else mean.contiguous()
+    pointers = map(address, (x, given, counts, threshold, statistics))
+    _library(x.dtype).encode_int8(
+        threshold.numel(), x.shape[-1], k, dead_zone, cap, *pointers, threads_for(x)
+    )
+    return counts, threshold, statistics
+
+
+encode_int8 = torch.library.custom_op("spikelm::encode_int8", int8, mutates_args=(), device_types="cpu")
+
+
+@encode_int8.register_fake
+def _(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(*x.shape[:-1], 1),
+        x.new_empty(*x.shape[:-1], STATISTICS, dtype=torch.int64),
+    )
+
+
+def decode(counts: Tensor, threshold: Tensor) -> Tensor:
+    """counts int8 [.., D] times threshold [.., 1]."""
+    counts, threshold = counts.contiguous(), threshold.contiguous()
+    y = torch.empty_like(counts, dtype=threshold.dtype)
+    pointers = map(address, (counts, threshold, y))
+    _library(y.dtype).decode_counts(threshold.numel(), counts.shape[-1], *pointers, threads_for(y))
+    return y
+
+
+decode_int8 = torch.library.custom_op("spikelm::decode_int8", decode, mutates_args=(), device_types="cpu")
+
+
+@decode_int8.register_fake
+def _(counts: Tensor, threshold: Tensor) -> Tensor:
+    return threshold.new_empty(counts.shape)

@@ -1,84 +1,29 @@
-/* encode: adaptive spike encoding, forward and backward (equations in reference.py).
+/* encode: adaptive spike encoding, forward and backward (equations in reference.py, rows in step.h).
  *
- * Layout: x, counts, gradients [rows][width]; threshold [rows]. A task is one row; rows are independent and
- * a row's sum has one fixed order, so a row's bits do not depend on threads, batch or place in the batch.
+ * Layout: x, counts, gradients [rows][width]; threshold, mean [rows]. A task is one row; rows are independent
+ * and a row's sum has one fixed order, so a row's bits do not depend on threads, batch or place in the batch.
  *
  * What the cap cut off is rare, so the pass over x only notes whether it happened in a row. Rows where it did
  * get a place in mask [clipped rows][width], which a second pass over those rows fills; slots [rows] holds
  * that place, or -1.
- *
- * NaN stays NaN: comparisons are written so that it falls through them.
  */
-#include "../real.h"
+#include "step.h"
 
-#define LANES 32
-#define BLOCK 1024
-#define THRESHOLD_FLOOR 1e-8
-
-#ifdef SPIKELM_DOUBLE
-#define MAGNITUDE fabs
-#define ROUND_TO_EVEN rint
-#else
-#define MAGNITUDE fabsf
-#define ROUND_TO_EVEN rintf
-#endif
-
-/* Mean of |x|. A block is summed in lanes and the lanes pairwise, whatever the width of a vector. */
-static real mean_magnitude(int64_t width, const real *restrict x) {
-    real total = 0;
-    for (int64_t first = 0; first < width; first += BLOCK) {
-        const int64_t last = first + BLOCK < width ? first + BLOCK : width;
-        real lane[LANES] = {0};
-        int64_t i = first;
-        for (; i + LANES <= last; i += LANES) {
-#pragma omp simd
-            for (int j = 0; j < LANES; j++) {
-                lane[j] += MAGNITUDE(x[i + j]);
-            }
-        }
-        for (int j = 0; i + j < last; j++) {
-            lane[j] += MAGNITUDE(x[i + j]);
-        }
-        for (int half = LANES / 2; half > 0; half /= 2) {
-            for (int j = 0; j < half; j++) {
-                lane[j] += lane[j + half];
-            }
-        }
-        total += lane[0];
-    }
-    return total / (real)width;
-}
-
-/* Count before the cap; zero where |x| < quiet. */
-INLINE real uncapped_count(real x, real threshold, real quiet) {
-    const real count = ROUND_TO_EVEN(x / threshold);
-    return MAGNITUDE(x) < quiet ? (real)0 : count;
-}
-
-/* Counts of one row; returns whether the cap cut any. */
-static int32_t encode_row(int64_t width, real threshold, real quiet, real cap, const real *restrict x,
-                          real *restrict counts) {
-    int32_t clipped = 0;
-#pragma omp simd reduction(| : clipped)
-    for (int64_t i = 0; i < width; i++) {
-        const real count = uncapped_count(x[i], threshold, quiet);
-        const real below = count > cap ? cap : count;
-        counts[i] = below < -cap ? -cap : below;
-        clipped |= MAGNITUDE(count) > cap ? 1 : 0;
-    }
-    return clipped;
+/* Mean |x| of a row, unless it is given: that of whole rows of which x holds a part. */
+INLINE real row_mean(int64_t row, int64_t width, const real *x, const real *mean) {
+    return mean ? mean[row] : mean_magnitude(width, x + row * width);
 }
 
 /* Returns the number of rows in which the cap cut a count: the rows that the mask must have. quiet [rows] keeps
- * the edges of the dead zone for encode_mask. */
+ * the edges of the dead zone for encode_mask. mean may be null. */
 int64_t encode_forward(int64_t rows, int64_t width, double k, double dead_zone, double cap, const real *x,
-                       real *counts, real *threshold, real *quiet, int32_t *slots, int threads) {
+                       const real *mean, real *counts, real *threshold, real *quiet, int32_t *slots,
+                       int threads) {
     (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
-        const real mean = mean_magnitude(width, x + row * width), wanted = mean / (real)k;
-        threshold[row] = wanted < (real)THRESHOLD_FLOOR ? (real)THRESHOLD_FLOOR : wanted;
-        quiet[row] = (real)dead_zone * mean;
+        const real own = row_mean(row, width, x, mean);
+        thresholds_from(own, k, dead_zone, threshold + row, quiet + row);
         slots[row] =
             encode_row(width, threshold[row], quiet[row], (real)cap, x + row * width, counts + row * width);
     }
@@ -87,6 +32,36 @@ int64_t encode_forward(int64_t rows, int64_t width, double k, double dead_zone, 
         slots[row] = slots[row] ? clipped_rows++ : -1;
     }
     return clipped_rows;
+}
+
+/* statistics [rows][4]; mean may be null. */
+void encode_int8(int64_t rows, int64_t width, double k, double dead_zone, double cap, const real *x,
+                 const real *mean, int8_t *counts, real *threshold, int64_t *statistics, int threads) {
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const real own = row_mean(row, width, x, mean);
+        real quiet;
+        thresholds_from(own, k, dead_zone, threshold + row, &quiet);
+        encode_row_counted(width, threshold[row], quiet, (real)cap, x + row * width, counts + row * width,
+                           statistics + row * ENCODE_STATISTICS);
+    }
+}
+
+/* y = count * threshold */
+void decode_counts(int64_t rows, int64_t width, const int8_t *counts, const real *threshold, real *y,
+                   int threads) {
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const int8_t *restrict from = counts + row * width;
+        real *restrict to = y + row * width;
+        const real v = threshold[row];
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            to[i] = (real)from[i] * v;
+        }
+    }
 }
 
 /* mask[slot][i] = 1 where the cap cut x[row][i] */

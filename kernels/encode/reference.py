@@ -41,3 +41,21 @@ def adaptive_encode(
         counts, threshold, clipped = encode(x, k, dead_zone, cap, mean)
     soft = x / threshold
     return torch.where(clipped, counts, counts + (soft - soft.detach())), threshold
+
+
+def adaptive_encode_int8(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts int8 [.., D], threshold [.., 1] and statistics int64 [.., 4] of x [.., D]; no gradient."""
+    counts, threshold, clipped = encode(x.detach(), k, dead_zone, cap, mean)
+    # int8 has no NaN: such counts are 0, and the row's threshold, NaN or infinite, still shows them.
+    whole = counts.nan_to_num(nan=0.0).to(torch.int8)
+    magnitude = whole.long().abs()
+    largest = magnitude.amax(-1) if x.shape[-1] else magnitude.sum(-1)
+    statistics = [(whole == 0).sum(-1), magnitude.sum(-1), clipped.sum(-1), largest]
+    return whole, threshold, torch.stack(statistics, -1)
+
+
+def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
+    """N V in the threshold's dtype; V is a constant for the gradient."""
+    return counts.to(threshold.dtype) * threshold.detach()

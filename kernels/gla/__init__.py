@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ShapeError
-from spikelm.kernels.dispatch import choose
+from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gla import autograd, chunked, reference
+from spikelm.kernels.gla.decode import gla_decode
 from spikelm.kernels.masks import check_masks
 
-__all__ = ["gla", "initial_state"]
+__all__ = ["gla", "gla_decode", "initial_state"]
 
 _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor],
 ]
+
+
 _FORMS: Mapping[str, _Form] = MappingProxyType(
     {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla}
 )
@@ -80,7 +83,22 @@ def gla(
     """
     _check(q, k, v, g, state)
     check_masks(q, reset, valid)
-    form = _FORMS[choose("gla", q.device)]
+    name = choose(
+        "gla",
+        q.device,
+        kernel="sequence",
+        dtype=str(q.dtype).removeprefix("torch."),
+        K=q.shape[3],
+        V=v.shape[3],
+        gate="none" if g is None else "channel" if g.shape[3] == q.shape[3] else "head",
+    )
+    if name == "triton":
+        from spikelm.kernels.gla import triton
+
+        if backend() != AUTO or triton.check(q, k, v, g, state) is None:
+            return triton.gla(q, k, v, g, state, scale, reset, valid)
+        name = "torch"
+    form = _FORMS[name]
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))
     dtype = torch.float64 if wide else torch.float32
     # Autocast would run the products in 16 bits, and a state is summed over the whole text.

@@ -6,17 +6,20 @@ State: {"shift": [B, D], and the input neurons' states under "key", "value", "re
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from spikelm.activations import sigmoid, squared_relu
+from spikelm.activations import lerp, sigmoid, squared_relu
 from spikelm.build import Build
 from spikelm.errors import ConfigError
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
 from spikelm.registry import channels
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 @channels.register("rwkv")
@@ -75,9 +78,14 @@ class RWKVChannel(Part):
 
     def _mix(self, x: Tensor, previous: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         new: State = {}
-        k, new["key"] = self.key(torch.lerp(previous, x, self.mix_k.to(x.dtype)), state["key"], ctx)
+        k, new["key"] = self.key(lerp(previous, x, self.mix_k), state["key"], ctx)
         v, new["value"] = self.value(squared_relu(k), state["value"], ctx)
-        r, new["receptance"] = self.receptance(
-            torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
-        )
+        r, new["receptance"] = self.receptance(lerp(previous, x, self.mix_r), state["receptance"], ctx)
         return sigmoid(r) * v, new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        to_key, to_receptance = plan.shift(x, state["shift"], [self.mix_k, self.mix_r])
+        key = plan.relu_squared(plan.child(self.key, to_key, state["key"]))
+        value = plan.child(self.value, key, state["value"])
+        return plan.gate(plan.child(self.receptance, to_receptance, state["receptance"]), value)

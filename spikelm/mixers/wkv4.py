@@ -12,17 +12,21 @@ states under "key", "value", "receptance", "output"}. Deviations: none; the stat
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from spikelm.activations import sigmoid
+from spikelm.activations import lerp, sigmoid
 from spikelm.build import Build
+from spikelm.kernels.plan.builder import a_field
 from spikelm.kernels.wkv4 import wkv4
-from spikelm.recurrence import Context, Part, memory_dtype, token_shift
+from spikelm.recurrence import EMPTY, Context, Part, memory_dtype, token_shift
 from spikelm.registry import mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 EMPTY_EXPONENT = -1e38
 """Exponent p of an empty average: any key is larger."""
@@ -79,6 +83,12 @@ class WKV4(Part):
         last = cast(Tensor, state["shift"]).to(x.dtype)
         k, v, r, new = self._project(x, last, state, ctx)
         memory = memory_dtype(x)
+        if not torch.is_grad_enabled():
+            # The equations below in the kernel of sequences, so that a step has the same bits.
+            y, new["wkv"] = self._recur(k[:, None], v[:, None], state, EMPTY)
+            new["shift"] = x.to(memory)
+            out, new["output"] = self.output(sigmoid(r) * y[:, 0].to(r.dtype), state["output"], ctx)
+            return out, new
         a, b, p = cast(Tensor, state["wkv"]).to(memory).unbind(1)
         u, decay = self.time_first.to(memory), -torch.exp(self.time_decay.to(memory))
         k, v = k.to(memory), v.to(memory)
@@ -97,26 +107,32 @@ class WKV4(Part):
         """T tokens: three products, one kernel, one product."""
         previous, shift = token_shift(x, cast(Tensor, state["shift"]), ctx)
         k, v, r, new = self._project(x, previous, state, ctx)
-        y, new["wkv"] = wkv4(
-            self.time_decay,
-            self.time_first,
-            k,
-            v,
-            cast(Tensor, state["wkv"]),
-            reset=ctx.reset,
-            valid=ctx.valid,
-        )
+        y, new["wkv"] = self._recur(k, v, state, ctx)
         new["shift"] = shift
         out, new["output"] = self.output(sigmoid(r) * y, state["output"], ctx)
         return out, new
+
+    def _recur(self, k: Tensor, v: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor]:
+        wkv = cast(Tensor, state["wkv"])
+        return wkv4(self.time_decay, self.time_first, k, v, wkv, reset=ctx.reset, valid=ctx.valid)
 
     def _project(
         self, x: Tensor, previous: Tensor, state: State, ctx: Context
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         new: State = {}
-        k, new["key"] = self.key(torch.lerp(previous, x, self.mix_k.to(x.dtype)), state["key"], ctx)
-        v, new["value"] = self.value(torch.lerp(previous, x, self.mix_v.to(x.dtype)), state["value"], ctx)
-        r, new["receptance"] = self.receptance(
-            torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
-        )
+        k, new["key"] = self.key(lerp(previous, x, self.mix_k), state["key"], ctx)
+        v, new["value"] = self.value(lerp(previous, x, self.mix_v), state["value"], ctx)
+        r, new["receptance"] = self.receptance(lerp(previous, x, self.mix_r), state["receptance"], ctx)
         return k, v, r, new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        mixes = [self.mix_k, self.mix_v, self.mix_r]
+        to_key, to_value, to_receptance = plan.shift(x, state["shift"], mixes)
+        k = plan.child(self.key, to_key, state["key"])
+        v = plan.child(self.value, to_value, state["value"])
+        r = plan.child(self.receptance, to_receptance, state["receptance"])
+        y = plan.register(v.width)
+        decay = -torch.exp(self.time_decay.detach())
+        plan.record("wkv4", k, v, y, a_field(state["wkv"]), v.width, p=(decay, self.time_first))
+        return plan.child(self.output, plan.gate(r, y), state["output"])

@@ -6,15 +6,18 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from spikelm.errors import ConfigError, nearest
+from spikelm.errors import ConfigError, PlanError, nearest
 from spikelm.recurrence import Context, Part, memory_dtype
 from spikelm.registry import neurons
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,21 @@ class RateTarget:
         if self.ramp == 0:
             return self.weight
         return self.weight * min(1.0, (step - self.start) / self.ramp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweredSpikes:
+    """What a neuron hands to the product in a decode plan.
+
+    Attributes:
+        values: float32 spikes; None where counts are given.
+        counts: int8 spikes, one byte each.
+        scale: one float, what the product is multiplied with; None for 1.
+    """
+
+    values: Register | None = None
+    counts: Register | None = None
+    scale: Register | None = None
 
 
 class Neuron(Part):
@@ -106,6 +124,22 @@ class Neuron(Part):
         """1.0 where a channel fired, differentiable in x through a surrogate; [.., D]."""
         return spikes
 
+    def lower_spikes(self, plan: Builder, x: Register, state: Fields, integer: bool = False) -> LoweredSpikes:
+        """:meth:`encode` in a decode plan; the default is :meth:`lower` without a scale.
+
+        Args:
+            plan: the plan under construction.
+            x: register of the input.
+            state: the neuron's.
+            integer: whether int8 counts are wanted in place of float32 spikes.
+
+        Raises:
+            PlanError: the neuron has no records, or no int8 counts.
+        """
+        if integer:
+            raise PlanError(f"the neuron {type(self).__name__} has no int8 counts in decode plans")
+        return LoweredSpikes(values=self.lower(plan, x, state))
+
     def add_rate_loss(self, x: Tensor, spikes: Tensor, ctx: Context) -> None:
         """Append the firing-rate loss of this call to ``ctx.losses`` (sequences only)."""
         if self.rate_target is None or ctx.losses is None:
@@ -149,7 +183,11 @@ class Gain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [.., D] times the gain, in x's memory dtype."""
         dtype = memory_dtype(x)
-        return x.to(dtype) * self.log_gain.to(dtype).exp()
+        return x.to(dtype) * self.factor(dtype)
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """The gain, [D]."""
+        return self.log_gain.to(dtype).exp()
 
 
 def build_part(kind: str, cls: type[Any], options: Mapping[str, Any], *args: Any) -> Any:

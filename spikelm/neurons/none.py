@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +10,9 @@ from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, zero_invalid
 from spikelm.registry import neurons
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 @neurons.register("none")
@@ -29,3 +32,7 @@ class Identity(Neuron):
     def fast(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """The input [B, T, D], zero where invalid."""
         return zero_invalid(x, ctx), state
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """The input's own register."""
+        return x

@@ -55,8 +55,14 @@ def test_compiles_once_per_source_and_definition(cache: Path, adder: Path) -> No
 
 
 def test_a_header_belongs_to_the_key(cache: Path, adder: Path) -> None:
+    """Also one that another header in another folder includes."""
+    other = adder.parent.parent / "other"
+    other.mkdir()
+    (other / "step.h").write_text('#include "deep.h"\n')
+    (other / "deep.h").write_text("/* old */\n")
+    adder.write_text('#include "../other/step.h"\n' + ADDER)
     compiler.load(adder, ["OFFSET=1"])
-    (adder.parent.parent / "shared.h").write_text("/* new */\n")
+    (other / "deep.h").write_text("/* new */\n")
     compiler._load.cache_clear()
     compiler.load(adder, ["OFFSET=1"])
     assert len(list(cache.iterdir())) == 2
