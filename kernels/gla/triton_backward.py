@@ -124,7 +124,7 @@ def keys(
             to_gates = tl.cumsum(to_gates, axis=0) - to_gates
             to_gates += tl.sum(slope * state.to(tl.float32), axis=0)[None, :] * decay
             right_of = tl.zeros([C, BK], dtype=tl.float32)
-            lift = until * tl.exp2(-total)[None, :]
+            lift = until * tl.exp2(-tl.maximum(total, -100.0))[None, :]  # finite where strong, and unused
             near = (here_keys * lift).to(DOT)
         elif GATE == 1:
             left_of = tl.sum(here_keys * to_keys, axis=1)
