@@ -1,8 +1,9 @@
 """The gated delta rule in Triton as torch ops: launches, configurations, autograd.
 
-The kernels are in triton_forward.py, triton_backward.py and triton_decode.py. The forward pass keeps nothing but
-its inputs; the backward pass solves the systems of the chunks and forms the states again. Products as in gated
-linear attention's kernels; the systems of 16-bit inputs are solved in TF32. The same inputs give the same bits.
+The kernels are in triton_forward.py, triton_backward.py and triton_decode.py. The forward pass keeps
+nothing but its inputs; the backward pass solves the systems of the chunks and forms the states again.
+Products as in gated linear attention's kernels; the systems of 16-bit inputs are solved in TF32. The same
+inputs give the same bits.
 """
 
 from typing import Any
@@ -150,7 +151,7 @@ class _Call:
 
 
 def solve_precision(how: Products) -> str:
-    """How the systems are solved: in full float32 where products are, else in TF32 (bfloat16 is too coarse)."""
+    """How the systems are solved: in full float32 where products are, else in TF32."""
     exact = how.dtype == torch.float32 and how.precision == "ieee"
     return "ieee" if exact else "tf32"
 
@@ -208,7 +209,7 @@ def gated_delta_backward(
     reset: Tensor | None,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta and the incoming state, each in its tensor's dtype (the state's: float32)."""
+    """Gradients of q, k, v, g, beta in their dtypes and of the incoming state in float32."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if not (q.numel() and v.numel()):
         nothing = [torch.zeros_like(x) for x in (q, k, v, g, beta)]

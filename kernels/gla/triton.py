@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -112,6 +111,7 @@ class Products:
 
     @property
     def triton(self) -> Any:
+        """Triton's name of the element type."""
         return tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
 
 

@@ -21,8 +21,8 @@ from spikelm.kernels.gated_delta import triton as form
 
 NAMES = ("o", "state", "grad q", "grad k", "grad v", "grad g", "grad beta", "grad state")
 SCALE = 0.4
-# Largest error as a share of the largest entry. float32: sums of some hundred products, and a triangular system
-# whose inverse has entries of several units. bfloat16: operands are rounded to 2^-9, also the inverse.
+# Largest error as a share of the largest entry. float32: sums of some hundred products, and a triangular
+# system whose inverse has entries of several units. bfloat16: operands are rounded to 2^-9, also the inverse.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
 
 

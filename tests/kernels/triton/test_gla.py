@@ -22,8 +22,8 @@ from spikelm.kernels.gla import triton as form
 
 NAMES = ("o", "state", "grad q", "grad k", "grad v", "grad g", "grad state")
 SCALE = 0.4
-# Largest error as a share of the largest entry. float32: sums of up to a few hundred products, each rounded to
-# 6e-8. bfloat16: operands (the state among them) are rounded to 2^-9, which adds up like a random walk.
+# Largest error as a share of the largest entry. float32: sums of up to a few hundred products, each rounded
+# to 6e-8. bfloat16: operands (the state among them) are rounded to 2^-9, which adds up like a random walk.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
@@ -134,7 +134,9 @@ def test_few_tokens(gate: str, steps: int, device: torch.device, dtype: torch.dt
     assert_equal_to_the_loop(make((1, steps, 2, 1, 5, 7), gate, device, dtype), dtype)
 
 
-def test_a_text_in_segments(device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_in_segments(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two passes, as where few heads must fill a device: states of the segments first."""
     monkeypatch.setattr(form, "segment_count", lambda programs, chunks, processors: 2)
     case = make((1, 130, 1, 1, 5, 7), "head", device, dtype, masks=True)
