@@ -32,15 +32,14 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     """Configuration of a kernel (inverse, forward, reverse or gradients); arguments as for gla's."""
     small = target not in ("sm_80", "sm_90", "sm_100")
     value_block = power_of_2(value_dim)
-    chunk = 16 if wide else 32 if key_block > 128 or small else 64
+    # The sweeps hold whole rows of K, so that longer chunks of wide keys do not fit in registers.
+    chunk = 16 if wide or key_block > 64 else 32 if small else 64
     if kernel == "inverse":
         return Tiles(chunk=chunk, values=16, keys=min(key_block, 64), warps=4, stages=1)
     if kernel == "gradients":
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=min(key_block, 32), warps=8, stages=1)
-    values = min(value_block, 64 if key_block < 128 else 32 if key_block == 128 else 16)
-    if wide:
-        values = min(values, 16)
-    return Tiles(chunk=chunk, values=values, keys=key_block, warps=8, stages=1)
+    values = min(value_block, 16 if wide or key_block > 128 else 32)
+    return Tiles(chunk=chunk, values=values, keys=key_block, warps=4 if chunk > 16 else 8, stages=1)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> str | None:

@@ -3,8 +3,8 @@
 With u = (I + N)^-1 r as in triton_forward.py, and du what the outputs and later states want of u,
 ``reverse`` carries the gradient of the state from the last chunk to the first and finds, per chunk,
 dr = (I + N)^-T du (hence dv_i = beta_i dr_i); it stores dr and the gradients of the states. ``gradients``
-then forms the rest for all chunks at once, with dN_ij = -dr_i u_j^T. As in gated linear attention the gradient of a
-decay is a sum over the pairs j < t <= i alone, so that nothing cancels.
+then forms the rest for all chunks at once, with dN_ij = -dr_i u_j^T. As in gated linear attention the
+gradient of a decay is a sum over the pairs j < t <= i alone, so that nothing cancels.
 """
 
 import triton

@@ -64,7 +64,9 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=16, warps=8, stages=1)
     if kernel == "keys":
         values = min(value_block, 64 if small or key_block > 128 else 128)
-        return Tiles(chunk=chunk, values=values, keys=min(key_block, 32), warps=8, stages=1)
+        return Tiles(
+            chunk=chunk, values=values, keys=16 if key_block > 128 else min(key_block, 32), warps=8, stages=1
+        )
     if kernel == "values":
         values = min(value_block, 64 if keys < 128 else 16)
         return Tiles(chunk=chunk, values=values, keys=keys, warps=8, stages=1)
@@ -81,7 +83,7 @@ def _wide(kernel: str, key_block: int, value_block: int) -> Tiles:
         keys = min(key_block, 16 if kernel == "strong" else 32)
         return Tiles(chunk=16, values=values, keys=keys, warps=8, stages=1)
     keys = key_block // 2 if key_block > 64 else key_block
-    return Tiles(chunk=16, values=16 if key_block > 128 else values, keys=keys, warps=8, stages=1)
+    return Tiles(chunk=16, values=16 if key_block > 64 else values, keys=keys, warps=8, stages=1)
 
 
 def power_of_2(n: int) -> int:

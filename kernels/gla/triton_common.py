@@ -100,7 +100,7 @@ def head_gates(
     HAS_RESET: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """Log2 gates [C] of a head's tokens from ``first``: 0 at invalid ones and without gates, -inf at resets."""
+    """Log2 gates [C] of a head from ``first``: 0 at invalid tokens and without gates, -inf at resets."""
     i = tl.arange(0, C)
     x = tl.zeros([C], dtype=tl.float32)
     if GATE == 1:
