@@ -1,4 +1,4 @@
-"""Backward Triton kernel of adaptive spike encoding: straight through, with the cap's mask recomputed from x."""
+"""Backward Triton kernel of adaptive spike encoding: straight through, the cap's mask recomputed from x."""
 
 from __future__ import annotations
 

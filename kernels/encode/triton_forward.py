@@ -43,6 +43,7 @@ def encode_forward_kernel(
     WHOLE: tl.constexpr,  # a row fits one block
     ALIGN: tl.constexpr,  # width is a multiple of it
 ):
+    """Everything of ROWS rows."""
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows

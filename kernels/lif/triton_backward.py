@@ -56,6 +56,7 @@ def lif_backward_kernel(
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
 ):
+    """Gradients of BLOCK channels of one sequence."""
     channels = channels // ALIGN * ALIGN  # tells the compiler how rows are aligned
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

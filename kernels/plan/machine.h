@@ -57,6 +57,13 @@ INLINE void *field(const struct machine *m, int64_t row, int64_t offset) {
     return m->plan->pool + m->slot[row] * m->plan->state_bytes + offset;
 }
 
+/* Multiplications below which starting a team of threads costs more than it saves. */
+#define SERIAL_BELOW (1 << 16)
+
+INLINE int threads_for(const struct machine *m, int64_t work) {
+    return m->rows * work < SERIAL_BELOW ? 1 : m->threads;
+}
+
 #define STEP(name) static void step_##name(const struct machine *m, const struct record *r)
 #define EACH_ROW for (int64_t row = 0; row < m->rows; row++)
 

@@ -1,9 +1,9 @@
 """The wkv recurrence of RWKV-4: an exponentially decayed, key-weighted mean of values per channel.
 
-Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs); decode.py
-is the step of rows that keep their states in a pool. Equations, masks and the scaled state are written in
-reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048;
-used by SpikeGPT, https://arxiv.org/abs/2302.13939.
+Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs);
+decode.py is the step of rows that keep their states in a pool. Equations, masks and the scaled state are
+written in reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048; used by SpikeGPT,
+https://arxiv.org/abs/2302.13939.
 """
 
 from __future__ import annotations

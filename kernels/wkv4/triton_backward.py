@@ -1,13 +1,13 @@
 """Backward Triton kernels of the wkv recurrence (gradients as in op.c).
 
 A program walks over its groups of steps from the last to the first, recomputing each group's states from the
-checkpoint that forward left; they stay in registers. Gradients of num and den are taken at a fixed max, as the
-reference does, so every factor is at most one and nothing overflows.
+checkpoint that forward left; they stay in registers. Gradients of num and den are taken at a fixed max, as
+the reference does, so every factor is at most one and nothing overflows.
 
 Where the sequence is cut into chunks: the gradient of a state passes a chunk linearly, times one factor per
 channel. (1) wkv4_backward_kernel with SUMMARY gives the gradient at every chunk's start for none at its end,
-(2) wkv4_carry_back_kernel carries the gradient over the chunks, last to first, (3) wkv4_backward_kernel starts
-from it.
+(2) wkv4_carry_back_kernel carries the gradient over the chunks, last to first, (3) wkv4_backward_kernel
+starts from it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def wkv4_backward_kernel(
     EVEN: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Gradients of BLOCK channels of one chunk."""
     channels = channels // ALIGN * ALIGN  # tells the compiler how rows are aligned
     row = tl.program_id(2).to(tl.int64)
     chunks = tl.num_programs(1)

@@ -2,9 +2,9 @@
 
 A program owns BLOCK channels of one chunk of one sequence and walks over the chunk's steps, with the loads
 issued STAGES groups of GROUP steps ahead. Where batch and channels alone fill the device there is one chunk.
-Otherwise the sequence is cut: the state (num, den, max) is associative, so (1) wkv4_summary_kernel takes every
-chunk from an empty state, (2) wkv4_carry_kernel carries the state over the chunks, (3) wkv4_forward_kernel
-starts every chunk from its carry.
+Otherwise the sequence is cut: the state (num, den, max) is associative, so (1) wkv4_summary_kernel takes
+every chunk from an empty state, (2) wkv4_carry_kernel carries the state over the chunks,
+(3) wkv4_forward_kernel starts every chunk from its carry.
 
 Of the two exponentials of a weighted sum one is always exp(0): one exponential and one comparison do.
 """
@@ -47,6 +47,7 @@ def wkv4_forward_kernel(
     EVEN: tl.constexpr,  # steps are a multiple of GROUP
     ALIGN: tl.constexpr,  # channels are a multiple of it
 ):
+    """Outputs of BLOCK channels of one chunk, and its checkpoints."""
     channels = channels // ALIGN * ALIGN  # tells the compiler how rows are aligned
     row = tl.program_id(2).to(tl.int64)
     chunks = tl.num_programs(1)
@@ -144,7 +145,7 @@ def wkv4_summary_kernel(
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """State at the end of every chunk but the last, from an empty one. (Those are whole groups.)"""
+    """State at the end of every chunk but the last, from an empty one; those are whole groups."""
     channels = channels // ALIGN * ALIGN
     row = tl.program_id(2).to(tl.int64)
     chunks = tl.num_programs(1) + 1

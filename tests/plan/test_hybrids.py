@@ -177,7 +177,8 @@ def test_part_steps(name: str, make: Callable[[], Part], monkeypatch: pytest.Mon
 def test_a_row_has_the_bits_it_has_alone(name: str) -> None:
     """Rows of a batch are at different positions, choose different experts, and some do nothing."""
     model = build(preset(name))
-    together, alone = DecodePlan(model, 5, max_len=4 * T), DecodePlan(model, 1, max_len=4 * T)
+    together = DecodePlan(model, 5, max_len=4 * T, threads=2)
+    alone = DecodePlan(model, 1, max_len=4 * T, threads=1)
     tokens = some_tokens(T, 4)
     # Row r of step t is in slot `places[r]`, or left out: after 14 steps every slot is somewhere else.
     places = torch.tensor([3, 0, 4, 1])
