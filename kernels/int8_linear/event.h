@@ -1,7 +1,7 @@
 /* The event-driven product of one row: only the weights of inputs that fired are read.
  *
- * Weights lie in tiles, [tiles][inputs][INT8_TILE outputs] bytes w + 128 (the last tile may be INT8_BLOCK wide): what one
- * input adds to a tile is one run of bytes. The inputs that fired are listed once per row, for all tiles:
+ * Weights lie in tiles, [tiles][inputs][INT8_TILE outputs] bytes w + 128 (the last tile may be INT8_BLOCK wide):
+ * what one input adds to a tile is one run of bytes. The inputs that fired are listed once per row, for all tiles:
  *   binary spikes: one entry each, their bytes are added without multiplication, in 16 bits;
  *   graded counts: pairs of entries, n0 w0 + n1 w1 in 16 bits.
  * The list is cut into segments, within which 16 bits hold every partial sum: 256 bytes of binary spikes, and
@@ -125,7 +125,8 @@ INLINE void int8_add_binary(int vectors, int32_t begin, int32_t end, const int32
         both[v] = high[v] = _mm256_setzero_si256();
     }
     for (int32_t k = begin; k < end; k++) {
-        const uint8_t *row = tile + (int64_t)inputs[k] * width, *later = tile + (int64_t)inputs[k + INT8_AHEAD] * width;
+        const uint8_t *row = tile + (int64_t)inputs[k] * width;
+        const uint8_t *later = tile + (int64_t)inputs[k + INT8_AHEAD] * width;
         __builtin_prefetch(later);
         if (width > 64) {
             __builtin_prefetch(later + 64);

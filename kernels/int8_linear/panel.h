@@ -50,11 +50,11 @@ static inline void int8_panel_of_rows(int64_t outputs, int64_t inputs, int64_t s
     for (; o + 4 <= outputs; o += 4) {
         int64_t i = 0;
         for (; i + 16 <= inputs; i += 16) {
-            const __m128i *at = (const __m128i *)(from + o * stride + i);
-            const __m128i a = _mm_xor_si128(_mm_loadu_si128(at), flip);
-            const __m128i b = _mm_xor_si128(_mm_loadu_si128((const __m128i *)((const int8_t *)at + stride)), flip);
-            const __m128i c = _mm_xor_si128(_mm_loadu_si128((const __m128i *)((const int8_t *)at + 2 * stride)), flip);
-            const __m128i d = _mm_xor_si128(_mm_loadu_si128((const __m128i *)((const int8_t *)at + 3 * stride)), flip);
+            const int8_t *at = from + o * stride + i;
+            const __m128i a = _mm_xor_si128(_mm_loadu_si128((const __m128i *)at), flip);
+            const __m128i b = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(at + stride)), flip);
+            const __m128i c = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(at + 2 * stride)), flip);
+            const __m128i d = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(at + 3 * stride)), flip);
             const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
             const __m128i ab2 = _mm_unpackhi_epi32(a, b), cd2 = _mm_unpackhi_epi32(c, d);
             uint8_t *to = panel + i / 4 * INT8_QUAD + 4 * o;

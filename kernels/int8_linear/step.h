@@ -33,7 +33,9 @@ struct packed_int8 {
 
 #define INT8_ROW_BLOCK 32 /* rows for which weights are read once */
 
-static inline int64_t packed_blocks(const struct packed_int8 *w) { return (w->outputs + INT8_BLOCK - 1) / INT8_BLOCK; }
+static inline int64_t packed_blocks(const struct packed_int8 *w) {
+    return (w->outputs + INT8_BLOCK - 1) / INT8_BLOCK;
+}
 
 /* Inputs of a group, filled up to whole quads. */
 static inline int64_t packed_padded(const struct packed_int8 *w) { return (w->group + 3) / 4 * 4; }
@@ -55,14 +57,14 @@ static inline int64_t packed_width(const struct packed_int8 *w) { return w->grou
 /* Where the parts of scratch lie, for at most INT8_ROW_BLOCK rows. */
 struct int8_scratch {
     int64_t width;
-    int8_t *counts;            /* [rows or 2 * rows][width] groups filled up to whole quads; second halves */
-    int32_t *totals;           /* [rows][groups] sums of counts */
-    uint8_t *largest;    /* [rows][groups] largest magnitudes */
-    int32_t *sums;             /* [rows][INT8_BLOCK], or [INT8_TILE] */
-    float *y;                  /* likewise */
-    float *scales;             /* [groups][INT8_BLOCK] */
-    uint8_t *panel;            /* [INT8_PANEL][INT8_QUAD] */
-    struct int8_events *events;     /* [rows], with lists of their own */
+    int8_t *counts;             /* [rows or 2 * rows][width] groups filled up to whole quads; second halves */
+    int32_t *totals;            /* [rows][groups] sums of counts */
+    uint8_t *largest;           /* [rows][groups] largest magnitudes */
+    int32_t *sums;              /* [rows][INT8_BLOCK], or [INT8_TILE] */
+    float *y;                   /* likewise */
+    float *scales;              /* [groups][INT8_BLOCK] */
+    uint8_t *panel;             /* [INT8_PANEL][INT8_QUAD] */
+    struct int8_events *events; /* [rows], with lists of their own */
     int64_t bytes;
 };
 
@@ -210,7 +212,8 @@ static inline void int8_dense_group(const struct packed_int8 *w, const struct in
     }
 }
 
-static inline const float *int8_block_scales(const struct packed_int8 *w, const struct int8_scratch *s, int64_t base) {
+static inline const float *int8_block_scales(const struct packed_int8 *w, const struct int8_scratch *s,
+                                             int64_t base) {
     if (w->layout != PACKED_ROWS) {
         return w->scales + base;
     }
@@ -232,17 +235,20 @@ static inline void int8_dense_block(const struct packed_int8 *w, const struct in
         int8_dense_group(w, s, rows, base, j);
         for (int64_t r = 0; r < rows; r++) {
             const int32_t excess = (int32_t)((uint32_t)INT8_BIAS * (uint32_t)s->totals[r * w->groups + j]);
-            int8_add_scaled(INT8_BLOCK, excess, s->sums + r * INT8_BLOCK, scales + j * stride, s->y + r * INT8_BLOCK);
+            int8_add_scaled(INT8_BLOCK, excess, s->sums + r * INT8_BLOCK, scales + j * stride,
+                            s->y + r * INT8_BLOCK);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        int8_put_out(base, from, to, s->y + r * INT8_BLOCK, thresholds ? thresholds + r : NULL, bias, y + r * y_stride);
+        const float *threshold = thresholds ? thresholds + r : NULL;
+        int8_put_out(base, from, to, s->y + r * INT8_BLOCK, threshold, bias, y + r * y_stride);
     }
 }
 
 /* One tile of one row from its events. */
-INLINE void int8_event_groups(const struct packed_int8 *w, int width, const struct int8_events *e, const int32_t *totals,
-                         const uint8_t *tile, const float *scales, int32_t *sums, float *y) {
+INLINE void int8_event_groups(const struct packed_int8 *w, int width, const struct int8_events *e,
+                              const int32_t *totals, const uint8_t *tile, const float *scales, int32_t *sums,
+                              float *y) {
     const int64_t stride = packed_blocks(w) * INT8_BLOCK;
     int32_t begin = 0, next = 0;
     memset(y, 0, 4 * width);
@@ -262,7 +268,8 @@ INLINE void int8_event_groups(const struct packed_int8 *w, int width, const stru
             const int32_t nothing[INT8_TILE] = {0};
             int8_add_scaled(width, 0, nothing, scales + next * stride, y);
         }
-        int8_add_scaled(width, (int32_t)(128u * (uint32_t)totals[segment.group]), sums, scales + segment.group * stride, y);
+        const int32_t excess = (int32_t)(128u * (uint32_t)totals[segment.group]);
+        int8_add_scaled(width, excess, sums, scales + segment.group * stride, y);
         memset(sums, 0, 4 * width);
         next = segment.group + 1;
     }
@@ -271,7 +278,8 @@ INLINE void int8_event_groups(const struct packed_int8 *w, int width, const stru
     }
 }
 
-static inline void int8_event_tile(const struct packed_int8 *w, const struct int8_scratch *s, int64_t r, int64_t base) {
+static inline void int8_event_tile(const struct packed_int8 *w, const struct int8_scratch *s, int64_t r,
+                                   int64_t base) {
     const uint8_t *tile = (const uint8_t *)w->weights + base * w->inputs;
     const int32_t *totals = s->totals + r * w->groups;
     if (packed_tile_width(w, base) == INT8_TILE) {
