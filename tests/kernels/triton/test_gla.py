@@ -22,8 +22,8 @@ from spikelm.kernels.gla import triton as form
 
 NAMES = ("o", "state", "grad q", "grad k", "grad v", "grad g", "grad state")
 SCALE = 0.4
-# Largest error as a share of the largest entry. float32: sums of up to a few hundred products, each rounded to
-# 6e-8. bfloat16: operands (the state among them) are rounded to 2^-9, which adds up like a random walk.
+# Largest error as a share of the largest entry. float32: sums of up to a few hundred products, each rounded
+# to 6e-8. bfloat16: operands (the state among them) are rounded to 2^-9, which adds up like a random walk.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
