@@ -50,6 +50,7 @@ class Field:
     dtype: torch.dtype
 
 
+T = TypeVar("T")
 Fields: TypeAlias = "Mapping[str, Field | Fields]"
 """A part's state as it lies in the pool: the pytree of ``init_state`` with a field for every tensor."""
 
