@@ -36,7 +36,7 @@ struct plan {
 };
 
 /* Columns of the statistics of a projection. */
-enum statistic { CALLS, SILENT, SPIKE_SUM, BYTES, STATISTICS };
+enum statistic { STATISTIC_CALLS, STATISTIC_SILENT, STATISTIC_MAGNITUDE, STATISTIC_BYTES, STATISTICS };
 
 /* A step of the plan: what every record sees. */
 struct machine {

@@ -6,7 +6,7 @@
 static void tally_counts(const struct machine *m, const struct record *r, const struct packed_int8 *w) {
     int64_t *statistics = m->plan->statistics + r->a[3] * STATISTICS;
     int64_t events = 0;
-    statistics[CALLS] += m->rows;
+    statistics[STATISTIC_CALLS] += m->rows;
     EACH_ROW {
         const int8_t *counts = (const int8_t *)reg(m, row, r->a[0]);
         int32_t silent = 0, magnitude = 0; /* below 2^31: a row has at most 2^24 inputs */
@@ -15,12 +15,12 @@ static void tally_counts(const struct machine *m, const struct record *r, const 
             silent += counts[i] == 0;
             magnitude += counts[i] < 0 ? -counts[i] : counts[i];
         }
-        statistics[SILENT] += silent;
-        statistics[SPIKE_SUM] += magnitude;
+        statistics[STATISTIC_SILENT] += silent;
+        statistics[STATISTIC_MAGNITUDE] += magnitude;
         events += w->inputs - silent;
     }
     /* The event-driven form reads a row's own weights, the dense one reads all of them once. */
-    statistics[BYTES] += w->outputs * (w->layout == PACKED_IN_OUT ? events : w->inputs);
+    statistics[STATISTIC_BYTES] += w->outputs * (w->layout == PACKED_IN_OUT ? events : w->inputs);
 }
 
 /* Bytes of scratch of one record. */
@@ -56,12 +56,12 @@ STEP(linear_int8_float) {
     const struct packed_int8 *w = r->p[0];
     const float *bias = r->p[1];
     int64_t *statistics = m->plan->statistics + r->a[2] * STATISTICS;
-    statistics[CALLS] += m->rows;
-    statistics[BYTES] += w->outputs * w->inputs;
+    statistics[STATISTIC_CALLS] += m->rows;
+    statistics[STATISTIC_BYTES] += w->outputs * w->inputs;
     EACH_ROW {
         const float *x = reg(m, row, r->a[0]);
         for (int64_t i = 0; i < w->inputs; i++) {
-            statistics[SILENT] += x[i] == 0;
+            statistics[STATISTIC_SILENT] += x[i] == 0;
         }
     }
     const int threads = threads_for(m, w->inputs * w->outputs);

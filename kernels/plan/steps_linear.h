@@ -103,8 +103,8 @@ INLINE void linear_tile(const struct machine *m, const struct record *r, const i
 /* Adds a call of a projection with float inputs to its row of the statistics. */
 static void tally_floats(const struct machine *m, const struct record *r, int64_t place, int64_t bytes) {
     int64_t *statistics = m->plan->statistics + place * STATISTICS;
-    statistics[CALLS] += m->rows;
-    statistics[BYTES] += bytes;
+    statistics[STATISTIC_CALLS] += m->rows;
+    statistics[STATISTIC_BYTES] += bytes;
     EACH_ROW {
         const float *x = reg(m, row, r->a[0]);
         int64_t silent = 0;
@@ -114,9 +114,9 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
             silent += x[i] == 0;
             magnitude += fabsf(x[i]);
         }
-        statistics[SILENT] += silent;
+        statistics[STATISTIC_SILENT] += silent;
         if (r->flags & SPIKES) {
-            statistics[SPIKE_SUM] += (int64_t)magnitude;
+            statistics[STATISTIC_MAGNITUDE] += (int64_t)magnitude;
         }
     }
 }

@@ -9,7 +9,7 @@ import torch
 
 from spikelm.decoding import DecodePlan
 from spikelm.errors import KernelError
-from spikelm.kernels.plan.records import library
+from spikelm.kernels.compile import compiler_command
 from spikelm.weights import Int8Linear
 
 from .models import INT8, INT8_HEAD, NEURONS, in_plan, in_python, model_of, row_of, same_state, tokens_of
@@ -19,8 +19,9 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def _needs_c() -> None:
+    """Where there is a compiler, C that does not compile is a failure."""
     try:
-        library()
+        compiler_command()
     except KernelError as error:
         pytest.skip(f"no C kernels: {error}")
 
