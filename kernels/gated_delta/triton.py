@@ -42,6 +42,8 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=key_block, warps=4, stages=1)
     # Columns enough for the products to take their operands from shared memory, not from copies per warp.
     values = min(value_block, 16 if wide else 32 if small else 64)
+    if kernel == "reverse" and key_block > 128:
+        values = min(values, 32)
     return Tiles(chunk=chunk, values=values, keys=key_block, warps=8, stages=1)
 
 
