@@ -1,6 +1,7 @@
 """Our ops under the call signatures of an independent harness: what it names as OP:MODULE:FUNC.
 
-    PATH_TO_HARNESS --ops gla,gla_decode,wkv4,lif,encode,spmv --candidate wkv4:benchmarks.gpu_candidates:wkv4@spikelm ...
+    PATH_TO_HARNESS --ops gla,gla_decode,wkv4,lif,encode,spmv
+        --candidate wkv4:benchmarks.gpu_candidates:wkv4@spikelm ...
 
 Inputs are [B, T, C]; a harness measures forward, and backward through autograd, on its own inputs.
 """

@@ -20,7 +20,6 @@ from spikelm.kernels.int8_linear.c import describe
 from spikelm.kernels.plan.records import Limit, Record, library, ops
 
 FLOATS_PER_LINE = 16
-T = TypeVar("T")
 INT8_SPIKES, SOFT_RESET, DECAY_INPUT = 1, 2, 4
 """Flags of neurons, as in steps_neurons.h."""
 SPIKES = 1

@@ -36,7 +36,7 @@ struct plan {
 };
 
 /* Columns of the statistics of a projection. */
-enum statistic { CALLS, SILENT, MAGNITUDE, BYTES, STATISTICS };
+enum statistic { CALLS, SILENT, SPIKE_SUM, BYTES, STATISTICS };
 
 /* A step of the plan: what every record sees. */
 struct machine {

@@ -16,7 +16,7 @@ static void tally_counts(const struct machine *m, const struct record *r, const 
             magnitude += counts[i] < 0 ? -counts[i] : counts[i];
         }
         statistics[SILENT] += silent;
-        statistics[MAGNITUDE] += magnitude;
+        statistics[SPIKE_SUM] += magnitude;
         events += w->inputs - silent;
     }
     /* The event-driven form reads a row's own weights, the dense one reads all of them once. */

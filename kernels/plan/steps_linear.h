@@ -116,7 +116,7 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
         }
         statistics[SILENT] += silent;
         if (r->flags & SPIKES) {
-            statistics[MAGNITUDE] += (int64_t)magnitude;
+            statistics[SPIKE_SUM] += (int64_t)magnitude;
         }
     }
 }

@@ -57,7 +57,7 @@ def shift_encode_kernel(
 ):
     """Counts of all projections of one token, or the new last."""
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
-    stride = width.to(tl.int64)
+    stride = tl.cast(width, tl.int64)
     t = tl.program_id(0)  # the program of step T only writes the new last
     row = tl.program_id(1).to(tl.int64)
     rows = tl.num_programs(1).to(tl.int64)

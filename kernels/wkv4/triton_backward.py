@@ -57,7 +57,7 @@ def wkv4_backward_kernel(
     inside = c < channels
     decay = tl.load(decay_ptr + c, mask=inside)
     bonus = tl.load(bonus_ptr + c, mask=inside)
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     place = row * chunks + here_chunk
     carry_ptr += place * 2 * stride
     if SUMMARY:
@@ -205,7 +205,7 @@ def wkv4_carry_back_kernel(
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     groups = tl.cdiv(steps, GROUP)
     decay = tl.load(decay_ptr + c, mask=inside)
     grad_last_ptr += row * 3 * stride

@@ -55,7 +55,7 @@ def wkv4_forward_kernel(
     inside = c < channels
     decay = tl.load(decay_ptr + c, mask=inside)
     bonus = tl.load(bonus_ptr + c, mask=inside)
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     carry_ptr += (row * chunks + tl.program_id(1)) * 3 * stride
     num = tl.load(carry_ptr + c, mask=inside)
     den = tl.load(carry_ptr + stride + c, mask=inside)
@@ -152,7 +152,7 @@ def wkv4_summary_kernel(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
     decay = tl.load(decay_ptr + c, mask=inside)
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     groups = tl.cdiv(steps, GROUP)
     first_group = tl.program_id(1) * chunk
     k_ptr += row * steps * stride
@@ -222,7 +222,7 @@ def wkv4_carry_kernel(
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     decay = tl.load(decay_ptr + c, mask=inside)
     state_ptr += row * 3 * stride
     num = tl.load(state_ptr + c, mask=inside)
@@ -269,7 +269,7 @@ def wkv4_decode_kernel(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
     used = inside & (slot >= 0)
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     pool_ptr += slot * 3 * stride
     num = tl.load(pool_ptr + c, mask=used, other=0.0)
     den = tl.load(pool_ptr + stride + c, mask=used, other=0.0)
