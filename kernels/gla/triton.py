@@ -63,10 +63,9 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     if kernel == "strong":
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=16, warps=8, stages=1)
     if kernel == "keys":
-        values = min(value_block, 64 if small or key_block > 128 else 128)
-        return Tiles(
-            chunk=chunk, values=values, keys=16 if key_block > 128 else min(key_block, 32), warps=8, stages=1
-        )
+        values = min(value_block, 32 if small else 64 if key_block > 128 else 128)
+        keys = 16 if key_block > 128 or small else min(key_block, 32)
+        return Tiles(chunk=chunk, values=values, keys=keys, warps=8, stages=1)
     if kernel == "values":
         values = min(value_block, 64 if keys < 128 else 16)
         return Tiles(chunk=chunk, values=values, keys=keys, warps=8, stages=1)
