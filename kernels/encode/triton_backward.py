@@ -34,6 +34,6 @@ def encode_backward_kernel(
     at = (row.to(tl.int64) * width)[:, None] + column
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_counts_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    count, _ = counts_of(x, threshold, edge, cap, DEAD)
+    count, _ = counts_of(x, threshold, edge, cap, DEAD, False)
     grad_x = tl.where(tl.abs(count) > cap, 0.0, grad * tl.div_rn(1.0, threshold))
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)

@@ -9,13 +9,12 @@ from spikelm.kernels.encode.triton_common import as_int8, counts_of, threshold_o
 
 
 @triton.jit
-def _statistics(count, capped, inside, cap):
+def _statistics(count, capped, cap, padding):
     """Silent channels, sum of |count|, counts cut off and largest |count| of every row."""
-    # Whole numbers below 2^24: float32 adds them exactly. NaN counts as silent, as it does in int8.
-    size = tl.abs(tl.where(capped == capped, capped, 0.0))
-    silent = tl.sum(tl.where(inside & (size == 0.0), 1.0, 0.0), 1)
-    clipped = tl.sum(tl.where(inside & (tl.abs(count) > cap), 1.0, 0.0), 1)
-    size = tl.where(inside, size, 0.0)
+    # Whole numbers below 2^24: float32 adds them exactly. Padding holds zeros.
+    size = tl.abs(capped)
+    silent = tl.sum(tl.where(size == 0.0, 1.0, 0.0), 1) - padding
+    clipped = tl.sum(tl.where(tl.abs(count) > cap, 1.0, 0.0), 1)
     return silent, tl.sum(size, 1), clipped, tl.max(size, 1)
 
 
@@ -79,18 +78,24 @@ def encode_forward_kernel(
     clipped = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
     if WHOLE:
-        count, capped = counts_of(x, threshold[:, None], edge[:, None], cap, DEAD)
+        count, capped = counts_of(
+            x, threshold[:, None], edge[:, None], cap, DEAD, counts_ptr.dtype.element_ty == tl.int8
+        )
         _store_counts(counts_ptr, start + column, capped, inside)
         if statistics_ptr is not None:
-            silent, total_size, clipped, largest = _statistics(count, capped, inside, cap)
+            silent, total_size, clipped, largest = _statistics(count, capped, cap, BLOCK - width)
     else:
         for first in range(0, width, BLOCK):
             mask = there[:, None] & (first + column < width)
             x = tl.load(x_ptr + start + first + column, mask=mask, other=0.0).to(tl.float32)
-            count, capped = counts_of(x, threshold[:, None], edge[:, None], cap, DEAD)
+            count, capped = counts_of(
+                x, threshold[:, None], edge[:, None], cap, DEAD, counts_ptr.dtype.element_ty == tl.int8
+            )
             _store_counts(counts_ptr, start + first + column, capped, mask)
             if statistics_ptr is not None:
-                own_silent, own_size, own_clipped, own_largest = _statistics(count, capped, mask, cap)
+                own_silent, own_size, own_clipped, own_largest = _statistics(
+                    count, capped, cap, tl.maximum(first + BLOCK - width, 0)
+                )
                 silent += own_silent
                 total_size += own_size
                 clipped += own_clipped

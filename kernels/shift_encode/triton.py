@@ -94,7 +94,7 @@ def shift_encode_kernel(
             mean = tl.div_rn(tl.sum(tl.abs(mixed), 0), sample)
             threshold = threshold_of(mean, k)
             edge = dead_zone * mean
-            count, capped = counts_of(mixed[None, :], threshold, edge, cap, True)
+            count, capped = counts_of(mixed[None, :], threshold, edge, cap, True, True)
             count, capped = tl.reshape(count, [BLOCK]), tl.reshape(capped, [BLOCK])
             whole = as_int8(capped)
             place = m * rows * steps + at + t
