@@ -70,6 +70,7 @@ check: $(DEV) ## lint, formatting and types
 bench: $(DEV) ## run the benchmarks; results go to benchmarks/results
 	@echo "== bench: spikelm bench, then every file of benchmarks/ in turn (keep the machine otherwise idle) =="
 	@OMP_NUM_THREADS=1 $(BIN)/spikelm bench kernels --json benchmarks/results/kernels_cpu.json
+	@OMP_NUM_THREADS=1 $(BIN)/spikelm bench decode --json benchmarks/results/decode.json
 	@$(BIN)/spikelm bench train --json benchmarks/results/train_step.json
 	@for file in benchmarks/[!_]*.py; do echo "-- $$file"; $(BIN)/python "$$file" || exit 1; done
 

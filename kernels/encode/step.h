@@ -13,10 +13,8 @@
 #define THRESHOLD_FLOOR 1e-8
 
 #ifdef SPIKELM_DOUBLE
-#define MAGNITUDE fabs
 #define ROUND_TO_EVEN rint
 #else
-#define MAGNITUDE fabsf
 #define ROUND_TO_EVEN rintf
 #endif
 

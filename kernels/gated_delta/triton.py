@@ -1,8 +1,9 @@
 """The gated delta rule in Triton as torch ops: launches, configurations, autograd.
 
-The kernels are in triton_forward.py, triton_backward.py and triton_decode.py. The forward pass keeps nothing but
-its inputs; the backward pass solves the systems of the chunks and forms the states again. Products as in gated
-linear attention's kernels; the systems of 16-bit inputs are solved in TF32. The same inputs give the same bits.
+The kernels are in triton_forward.py, triton_backward.py and triton_decode.py. The forward pass keeps
+nothing but its inputs; the backward pass solves the systems of the chunks and forms the states again.
+Products as in gated linear attention's kernels; the systems of 16-bit inputs are solved in TF32. The same
+inputs give the same bits.
 """
 
 from typing import Any
@@ -31,13 +32,14 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     """Configuration of a kernel (inverse, forward, reverse or gradients); arguments as for gla's."""
     small = target not in ("sm_80", "sm_90", "sm_100")
     value_block = power_of_2(value_dim)
-    chunk = 32 if key_block > 128 or wide or small else 64
+    # The sweeps hold whole rows of K, so that longer chunks of wide keys do not fit in registers.
+    chunk = 16 if wide or key_block > 64 else 32 if small else 64
     if kernel == "inverse":
         return Tiles(chunk=chunk, values=16, keys=min(key_block, 64), warps=4, stages=1)
     if kernel == "gradients":
-        return Tiles(chunk=chunk, values=min(value_block, 32), keys=min(key_block, 32), warps=4, stages=1)
-    values = min(value_block, 64 if key_block < 128 else 32 if key_block == 128 else 16)
-    return Tiles(chunk=chunk, values=values, keys=key_block, warps=4, stages=1)
+        return Tiles(chunk=chunk, values=min(value_block, 32), keys=min(key_block, 32), warps=8, stages=1)
+    values = min(value_block, 16 if wide or key_block > 128 else 32)
+    return Tiles(chunk=chunk, values=values, keys=key_block, warps=4 if chunk > 16 else 8, stages=1)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> str | None:
@@ -148,7 +150,7 @@ class _Call:
 
 
 def solve_precision(how: Products) -> str:
-    """How the systems are solved: in full float32 where products are, else in TF32 (bfloat16 is too coarse)."""
+    """How the systems are solved: in full float32 where products are, else in TF32."""
     exact = how.dtype == torch.float32 and how.precision == "ieee"
     return "ieee" if exact else "tf32"
 
@@ -206,7 +208,7 @@ def gated_delta_backward(
     reset: Tensor | None,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta and the incoming state, each in its tensor's dtype (the state's: float32)."""
+    """Gradients of q, k, v, g, beta in their dtypes and of the incoming state in float32."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if not (q.numel() and v.numel()):
         nothing = [torch.zeros_like(x) for x in (q, k, v, g, beta)]

@@ -2,9 +2,9 @@
 
 With u = (I + N)^-1 r as in triton_forward.py, and du what the outputs and later states want of u,
 ``reverse`` carries the gradient of the state from the last chunk to the first and finds, per chunk,
-dr = (I + N)^-T du (hence dv_i = beta_i dr_i); it stores dr and the gradients of the states. ``gradients`` then forms
-the rest for all chunks at once, with dN_ij = -dr_i u_j^T. As in gated linear attention the gradient of a decay is
-a sum over the pairs j < t <= i alone, so that nothing cancels.
+dr = (I + N)^-T du (hence dv_i = beta_i dr_i); it stores dr and the gradients of the states. ``gradients``
+then forms the rest for all chunks at once, with dN_ij = -dr_i u_j^T. As in gated linear attention the
+gradient of a decay is a sum over the pairs j < t <= i alone, so that nothing cancels.
 """
 
 import triton
@@ -43,8 +43,11 @@ def reverse(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dv and ``wanted``, dr, both [B, T, G, V], gradients of the states after each chunk [B G, chunks, K, V] and
-    of the first state [B, G, K, V]. Grid: (blocks of V, B G)."""
+    """The sweep from the last chunk to the first. Grid: (blocks of V, B G).
+
+    Gives dv and ``wanted``, dr, both [B, T, G, V], gradients of the states after each chunk
+    [B G, chunks, K, V] and of the first state [B, G, K, V].
+    """
     column = tl.program_id(0) * BV
     pair = tl.program_id(1).to(tl.int64)
     wide = pair * 0
@@ -138,7 +141,10 @@ def gradients(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, dk, and of dg and dbeta [blocks of K, B, T, G] the share of each block. Grid: (chunks, B G, blocks of K)."""
+    """dq, dk, and of dg and dbeta [blocks of K, B, T, G] the share of each block.
+
+    Grid: (chunks, B G, blocks of K).
+    """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     pair = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)

@@ -1,11 +1,11 @@
 """Kernels of the gated delta rule that go forward: the triangular systems of the chunks, then the states.
 
-Per chunk (chunked.py has the equations) a token writes k_i^T u_i with (I + N) u = r, where N is strictly lower
-triangular, N_ij = beta_i E_ij (k_i k_j^T), E_ij the decay from after token j to token i, and
+Per chunk (chunked.py has the equations) a token writes k_i^T u_i with (I + N) u = r, where N is strictly
+lower triangular, N_ij = beta_i E_ij (k_i k_j^T), E_ij the decay from after token j to token i, and
 r_i = beta_i (v_i - E_i k_i S). ``inverse`` finds (I + N)^-1 for all chunks at once, joining the inverses of
 neighbouring blocks of 1, 2, 4, ... tokens: with T those of the blocks and M the part of N between them, the
-inverse of the pairs is T - T M T. ``forward`` carries the state: u, then the rest as in gated linear attention
-with values u.
+inverse of the pairs is T - T M T. ``forward`` carries the state: u, then the rest as in gated linear
+attention with values u.
 """
 
 import triton
@@ -112,8 +112,11 @@ def forward(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """With OUTPUT o [B, T, G N, V] and the last state [B, G, K, V]; without, for the backward pass, what is
-    ``written``, u [B, T, G, V], and the states before each chunk [B G, chunks, K, V]. Grid: (blocks of V, B G)."""
+    """The sweep over the chunks. Grid: (blocks of V, B G).
+
+    With OUTPUT o [B, T, G N, V] and the last state [B, G, K, V]; without, for the backward pass, what is
+    ``written``, u [B, T, G, V], and the states before each chunk [B G, chunks, K, V].
+    """
     column = tl.program_id(0) * BV
     pair = tl.program_id(1).to(tl.int64)
     wide = pair * 0  # int64, so that offsets of long texts do not overflow

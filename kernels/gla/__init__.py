@@ -1,8 +1,8 @@
 """Gated linear attention: a matrix state per head that decays by data-dependent gates.
 
 Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations and masks are
-written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
-https://arxiv.org/abs/2509.05276.
+written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by
+SpikingBrain, https://arxiv.org/abs/2509.05276.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -53,7 +52,10 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     """
     small = target not in ("sm_80", "sm_90", "sm_100")
     value_block = power_of_2(value_dim)
-    chunk = 32 if key_block > 128 or wide or small else 64
+    if wide:
+        # Full float32 products run outside the tensor cores and hold their operands in registers.
+        return _wide(kernel, key_block, value_block)
+    chunk = 32 if key_block > 128 or small else 64
     if kernel == "sweep":
         return Tiles(chunk=chunk, values=min(value_block, 64), keys=min(key_block, 64), warps=4, stages=2)
     parts = 2 if key_block > 64 else 1
@@ -61,16 +63,27 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     if kernel == "strong":
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=16, warps=8, stages=1)
     if kernel == "keys":
-        values = min(value_block, 64 if small or wide else 128)
-        return Tiles(chunk=chunk, values=values, keys=min(key_block, 32), warps=8, stages=1)
-    if kernel == "values":
+        values = min(value_block, 64 if small or key_block > 128 else 128)
         return Tiles(
-            chunk=chunk, values=min(value_block, 64 if keys < 128 else 32), keys=keys, warps=8, stages=1
+            chunk=chunk, values=values, keys=16 if key_block > 128 else min(key_block, 32), warps=8, stages=1
         )
-    area = 128 * 128 if not (wide or small) else 64 * 64
+    if kernel == "values":
+        values = min(value_block, 64 if keys < 128 else 16)
+        return Tiles(chunk=chunk, values=values, keys=keys, warps=8, stages=1)
+    area = 64 * 64 if small else 128 * 128
     values = max(16, min(value_block, 128, area // key_block))
-    warps = 8 if key_block * values > 64 * 64 else 4
+    warps = 8 if key_block * values > 64 * 64 or key_block > 128 else 4
     return Tiles(chunk=chunk, values=values, keys=keys, warps=warps, stages=1)
+
+
+def _wide(kernel: str, key_block: int, value_block: int) -> Tiles:
+    """Configurations for products of float32."""
+    values = min(value_block, 32)
+    if kernel in ("sweep", "strong", "keys"):
+        keys = min(key_block, 16 if kernel == "strong" else 32)
+        return Tiles(chunk=16, values=values, keys=keys, warps=8, stages=1)
+    keys = key_block // 2 if key_block > 64 else key_block
+    return Tiles(chunk=16, values=16 if key_block > 64 else values, keys=keys, warps=8, stages=1)
 
 
 def power_of_2(n: int) -> int:
@@ -100,6 +113,7 @@ class Products:
 
     @property
     def triton(self) -> Any:
+        """Triton's name of the element type."""
         return tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
 
 

@@ -57,7 +57,7 @@ def decode(
 
 
 def decode_tiles(key_dim: int) -> tuple[int, int, int]:
-    """Channels of K, columns of V, and warps of a program: 16 KB of state, so that many loads are in flight."""
+    """Channels of K, columns of V, and warps of a program, which holds 16 KB of state."""
     block = max(16, 1 << (key_dim - 1).bit_length())
     return block, max(16, 4096 // block), 4
 

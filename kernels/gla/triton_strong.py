@@ -1,9 +1,9 @@
 """GLA kernels for the chunks with strong decay: the pairs of tokens within them, by doubling.
 
-They run before the kernels that carry the state, over all chunks at once, and return where the gates are mild:
-there the carrying kernels form the pairs themselves. Which chunks are strong is handed over in ``flags``
-[B G, chunks, parts of K], because another kernel might add the gates up in another order and decide otherwise.
-Mathematics in triton_common.py.
+They run before the kernels that carry the state, over all chunks at once, and return where the gates are
+mild: there the carrying kernels form the pairs themselves. Which chunks are strong is handed over in
+``flags`` [B G, chunks, parts of K], because another kernel might add the gates up in another order and
+decide otherwise. Mathematics in triton_common.py.
 """
 
 import triton
@@ -133,7 +133,10 @@ def strong_backward(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Weights of the strong chunks, and what their pairs give to dq, dk and dg. Grid: (chunks, B G, parts)."""
+    """Weights of the strong chunks, and what their pairs give to dq, dk and dg.
+
+    Grid: (chunks, B G, parts).
+    """
     chunk, part = tl.program_id(0), tl.program_id(2)
     chunks, parts = tl.num_programs(0), tl.num_programs(2)
     pair = tl.program_id(1).to(tl.int64)

@@ -12,7 +12,7 @@
 #ifndef SPIKELM_INT8_EVENT_H
 #define SPIKELM_INT8_EVENT_H
 
-#include "dot.h"
+#include "vector.h"
 
 #define INT8_TILE 128
 #define INT8_AHEAD 32 /* entries whose weights are fetched ahead */
@@ -32,13 +32,13 @@ struct int8_events {
 /* Most entries of a row: every count could need a partner of its own. */
 static inline int64_t int8_events_entries(int64_t inputs) { return 2 * inputs + INT8_AHEAD + 2; }
 
-#if defined(HAVE_AVX2)
+#if defined(INT8_HAS_AVX2)
 INLINE __m256i int8_event_load(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
 #endif
 
 /* Bit i is set where counts[i] is not zero, for at most 64 counts. */
 INLINE uint64_t int8_fired(const int8_t *counts, int64_t n) {
-#if defined(HAVE_AVX2)
+#if defined(INT8_HAS_AVX2)
     if (n == 64) {
         const __m256i zero = _mm256_setzero_si256();
         const __m256i low = _mm256_cmpeq_epi8(int8_event_load((const uint8_t *)counts), zero);
@@ -99,7 +99,7 @@ static inline void int8_list_events(int64_t inputs, int64_t group, const int8_t 
     }
 }
 
-#if defined(HAVE_AVX2)
+#if defined(INT8_HAS_AVX2)
 
 /* sums [16] += two vectors of 16 whole numbers of 16 bits in the order that unpacking gives: first holds outputs
  * 0-7 and 16-23, second 8-15 and 24-31 */

@@ -17,6 +17,7 @@
 #ifndef SPIKELM_INT8_STEP_H
 #define SPIKELM_INT8_STEP_H
 
+#include "dot.h"
 #include "event.h"
 #include "panel.h"
 
@@ -56,7 +57,7 @@ struct int8_scratch {
     int64_t width;
     int8_t *counts;            /* [rows or 2 * rows][width] groups filled up to whole quads; second halves */
     int32_t *totals;           /* [rows][groups] sums of counts */
-    uint8_t *wide;             /* [rows][groups] whether a count has two halves */
+    uint8_t *largest;    /* [rows][groups] largest magnitudes */
     int32_t *sums;             /* [rows][INT8_BLOCK], or [INT8_TILE] */
     float *y;                  /* likewise */
     float *scales;             /* [groups][INT8_BLOCK] */
@@ -77,9 +78,9 @@ static inline struct int8_scratch packed_layout_scratch(const struct packed_int8
     uint8_t *base = memory ? (uint8_t *)(((uintptr_t)memory + 63) / 64 * 64) : NULL;
     rows = rows < INT8_ROW_BLOCK ? rows : INT8_ROW_BLOCK;
     s.width = packed_width(w);
-    s.counts = int8_scratch_part(base, &used, (1 + INT8_WIDE_COUNTS) * rows * s.width + 4);
+    s.counts = int8_scratch_part(base, &used, (1 + INT8_SHORT) * rows * s.width + 4);
     s.totals = int8_scratch_part(base, &used, 4 * rows * w->groups);
-    s.wide = int8_scratch_part(base, &used, rows * w->groups);
+    s.largest = int8_scratch_part(base, &used, rows * w->groups);
     s.sums = int8_scratch_part(base, &used, 4 * rows * INT8_TILE);
     s.y = int8_scratch_part(base, &used, 4 * rows * INT8_TILE);
     s.scales = int8_scratch_part(base, &used, w->layout == PACKED_ROWS ? 4 * w->groups * INT8_BLOCK : 0);
@@ -134,24 +135,29 @@ static inline void int8_put_out(int64_t base, int64_t from, int64_t to, const fl
 }
 
 /* Prepare the dense form of rows: counts with groups filled up, their sums, and halves of large ones. */
-static inline void int8_prepare_dense(const struct packed_int8 *w, const int8_t *counts, int64_t rows, int64_t stride,
-                                 const struct int8_scratch *s) {
+static inline void int8_prepare_dense(const struct packed_int8 *w, const int8_t *counts, int64_t rows,
+                                      int64_t stride, const struct int8_scratch *s) {
     const int64_t padded = packed_padded(w);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t j = 0; j < w->groups; j++) {
             const int64_t first = j * w->group, left = w->inputs - first, n = left < w->group ? left : w->group;
             const int8_t *from = counts + r * stride + first;
             int8_t *to = s->counts + r * s->width + j * padded;
-            int32_t total = 0, large = 0;
+            int32_t total = 0;
+            int8_t low = 0, high = 0;
             memcpy(to, from, n);
             memset(to + n, 0, padded - n);
             for (int64_t i = 0; i < n; i++) {
                 total += from[i];
-                large |= from[i] > INT8_HALF || from[i] < -INT8_HALF;
             }
+            for (int64_t i = 0; i < n; i++) {
+                low = from[i] < low ? from[i] : low;
+                high = from[i] > high ? from[i] : high;
+            }
+            const uint8_t largest = (uint8_t)(-low > high ? -low : high);
             s->totals[r * w->groups + j] = total;
-            s->wide[r * w->groups + j] = (uint8_t)(INT8_WIDE_COUNTS && large);
-            if (INT8_WIDE_COUNTS && large) {
+            s->largest[r * w->groups + j] = largest;
+            if (INT8_SHORT && largest > INT8_HALF) {
                 int8_t *rest = to + rows * s->width;
                 for (int64_t i = 0; i < padded; i++) {
                     const int32_t count = to[i];
@@ -164,13 +170,15 @@ static inline void int8_prepare_dense(const struct packed_int8 *w, const int8_t 
 }
 
 /* sums [rows][INT8_BLOCK] of group j += the panel that holds its quads from `quad` on */
-static inline void int8_dense_sums(const struct packed_int8 *w, const struct int8_scratch *s, int64_t rows, int64_t j,
-                              int64_t quad, int64_t quads, const uint8_t *panel) {
+static inline void int8_dense_sums(const struct packed_int8 *w, const struct int8_scratch *s, int64_t rows,
+                                   int64_t j, int64_t quad, int64_t quads, const uint8_t *panel) {
     const int8_t *counts = s->counts + j * packed_padded(w) + 4 * quad;
-    int8_dot_panel(rows, quads, panel, counts, s->width, s->sums);
-    for (int64_t r = 0; INT8_WIDE_COUNTS && r < rows; r++) {
-        if (s->wide[r * w->groups + j]) {
-            int8_dot_panel(1, quads, panel, counts + (rows + r) * s->width, s->width, s->sums + r * INT8_BLOCK);
+    const uint8_t *largest = s->largest + j;
+    int8_panel(rows, quads, panel, counts, s->width, largest, w->groups, s->sums);
+    for (int64_t r = 0; INT8_SHORT && r < rows; r++) {
+        const uint8_t *own = largest + r * w->groups;
+        if (*own > INT8_HALF) {
+            int8_panel(1, quads, panel, counts + (rows + r) * s->width, 0, own, 0, s->sums + r * INT8_BLOCK);
         }
     }
 }
@@ -273,22 +281,34 @@ static inline void int8_event_tile(const struct packed_int8 *w, const struct int
     }
 }
 
-/* Lists the events of rows; returns whether reading them one by one pays. */
-static inline int int8_prepare_events(const struct packed_int8 *w, const int8_t *counts, int64_t rows, int64_t stride,
-                                 const struct int8_scratch *s) {
+/* Lists the events of rows; returns whether reading them one by one pays. Several rows with more than half of
+ * their inputs firing are faster as a dense product, whose panels they share. */
+static inline int int8_prepare_events(const struct packed_int8 *w, const int8_t *counts, int64_t rows,
+                                      int64_t stride, const struct int8_scratch *s) {
+    int64_t fired = 0;
+    for (int64_t r = 0; r < rows && rows > 1; r++) {
+        int32_t own = 0;
+        for (int64_t i = 0; i < w->inputs; i++) {
+            own += counts[r * stride + i] != 0;
+        }
+        fired += own;
+    }
+    if (2 * fired > rows * w->inputs) {
+        return 0;
+    }
     for (int64_t r = 0; r < rows; r++) {
         const int8_t *row = counts + r * stride;
-        int32_t other = 0;
+        int8_t any = 0;
         for (int64_t j = 0; j < w->groups; j++) {
-            const int64_t first = j * w->group, last = first + w->group < w->inputs ? first + w->group : w->inputs;
+            const int64_t first = j * w->group, end = first + w->group, last = end < w->inputs ? end : w->inputs;
             int32_t total = 0;
             for (int64_t i = first; i < last; i++) {
                 total += row[i];
-                other |= row[i];
+                any |= row[i];
             }
             s->totals[r * w->groups + j] = total;
         }
-        int8_list_events(w->inputs, w->group, row, (other & ~1) == 0, s->events + r);
+        int8_list_events(w->inputs, w->group, row, (any & ~1) == 0, s->events + r);
     }
     return 1;
 }

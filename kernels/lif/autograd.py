@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from spikelm.errors import KernelError
-from spikelm.kernels.lif.c import SURROGATES, lif_backward, lif_forward
+from spikelm.kernels.lif.c import SURROGATES, forward, lif_backward, lif_forward
 from spikelm.kernels.lif.neuron import Neuron
+from spikelm.kernels.pointers import runs_directly
 
 
 def lif(
@@ -24,7 +25,8 @@ def lif(
             f"lif in C knows the surrogates {', '.join(SURROGATES)}, not {neuron.surrogate!r}; "
             "use the torch back-end for your own"
         )
-    spikes, last, _ = lif_forward(
+    run = forward if runs_directly(x, v, rate, reset, valid) else lif_forward
+    spikes, last, _ = run(
         x,
         v,
         rate,

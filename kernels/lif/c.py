@@ -40,8 +40,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
-@torch.library.custom_op("spikelm::lif_forward", mutates_args=(), device_types="cpu")
-def lif_forward(
+def forward(
     x: Tensor,
     v: Tensor,
     rate: Tensor,
@@ -73,6 +72,9 @@ def lif_forward(
         threads_for(x),
     )
     return spikes, last, checkpoints
+
+
+lif_forward = torch.library.custom_op("spikelm::lif_forward", forward, mutates_args=(), device_types="cpu")
 
 
 @lif_forward.register_fake

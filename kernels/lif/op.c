@@ -8,7 +8,10 @@
  */
 #include "step.h"
 
-#define BLOCK 128
+/* Channels of a task: rows of memory as long as possible, so that a page is visited once and not in pieces. */
+#define WIDEST 2048
+/* Channels whose segment is differentiated at once: its tape stays in the nearest caches. */
+#define BLOCK 512
 #define SEGMENT 32
 
 /* All pointers already point at the first channel of the block in the row. */
@@ -19,7 +22,7 @@ INLINE void forward_block(int count, int decay_input, int soft_reset, int64_t st
                           real *restrict checkpoints) {
     const real threshold = (real)neuron->threshold, v_reset = (real)neuron->v_reset;
     const real rest = soft_reset ? 0 : v_reset;
-    real v[BLOCK];
+    real v[WIDEST];
     for (int i = 0; i < count; i++) {
         v[i] = v_in[i];
     }
@@ -122,76 +125,86 @@ INLINE void recompute_segment(int count, int decay_input, int soft_reset, int64_
     }
 }
 
+/* One segment of up to BLOCK channels, from its end to its start; grad_v goes on by it. */
+INLINE void backward_segment(int count, int decay_input, int soft_reset, int64_t first, int64_t last,
+                             int64_t channels, const struct neuron *neuron, const real *restrict x,
+                             const real *restrict rate, const uint8_t *restrict reset,
+                             const uint8_t *restrict valid, const real *restrict checkpoint,
+                             const real *restrict grad_spikes, real *restrict grad_x, real *restrict grad_v,
+                             real *restrict grad_rate) {
+    const real threshold = (real)neuron->threshold, v_reset = (real)neuron->v_reset;
+    /* d v_new / d h = kept - (by_h * h + constant) * slope; without the second term when detached */
+    const real by_h = !neuron->detach_reset && !soft_reset ? 1 : 0;
+    const real constant = neuron->detach_reset ? 0 : soft_reset ? threshold : -v_reset;
+    struct tape tape;
+    real slope[BLOCK], sum_rate[BLOCK];
+    recompute_segment(count, decay_input, soft_reset, first, last, channels, neuron, x, rate, checkpoint, reset,
+                      valid, &tape);
+    for (int i = 0; i < count; i++) {
+        sum_rate[i] = 0;
+    }
+    for (int64_t t = last - 1; t >= first; t--) {
+        const real *restrict h = tape.h[t - first], *restrict drive = tape.drive[t - first];
+        const real *restrict gs = grad_spikes + t * channels;
+        real *restrict gx = grad_x + t * channels;
+        if (valid && !valid[t]) {
+            memset(gx, 0, (size_t)count * sizeof(real));
+        } else {
+            surrogate_slope(count, neuron, h, slope);
+#pragma omp simd
+            for (int i = 0; i < count; i++) {
+                const real kept = soft_reset || h[i] < threshold ? (real)1 : (real)0;
+                const real through = kept - (by_h * h[i] + constant) * slope[i];
+                const real grad_h = gs[i] * slope[i] + grad_v[i] * through;
+                gx[i] = decay_input ? grad_h * rate[i] : grad_h;
+                sum_rate[i] += grad_h * drive[i];
+                grad_v[i] = grad_h * (1 - rate[i]);
+            }
+        }
+        if (reset && reset[t]) {
+            for (int i = 0; i < count; i++) {
+                grad_v[i] = 0;
+            }
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        grad_rate[i] += sum_rate[i];
+    }
+}
+
 INLINE void backward_block(int count, int decay_input, int soft_reset, int64_t steps,
                            int64_t channels, const struct neuron *neuron, const real *restrict x,
                            const real *restrict rate, const uint8_t *restrict reset,
                            const uint8_t *restrict valid, const real *restrict checkpoints,
                            const real *restrict grad_spikes, const real *restrict grad_v_out,
                            real *restrict grad_x, real *restrict grad_v_in, real *restrict grad_rate) {
-    const real threshold = (real)neuron->threshold, v_reset = (real)neuron->v_reset;
-    /* d v_new / d h = kept - (by_h * h + constant) * slope; without the second term when detached */
-    const real by_h = !neuron->detach_reset && !soft_reset ? 1 : 0;
-    const real constant = neuron->detach_reset ? 0 : soft_reset ? threshold : -v_reset;
-    struct tape tape;
-    real slope[BLOCK], grad_v[BLOCK], sum_rate[BLOCK], by_x[BLOCK], leak[BLOCK];
     for (int i = 0; i < count; i++) {
-        grad_v[i] = grad_v_out[i];
+        grad_v_in[i] = grad_v_out[i];
         grad_rate[i] = 0;
-        by_x[i] = decay_input ? rate[i] : 1;
-        leak[i] = 1 - rate[i];
     }
     const int64_t segments = (steps + SEGMENT - 1) / SEGMENT;
     for (int64_t segment = segments - 1; segment >= 0; segment--) {
         const int64_t first = segment * SEGMENT;
         const int64_t last = first + SEGMENT < steps ? first + SEGMENT : steps;
-        recompute_segment(count, decay_input, soft_reset, first, last, channels, neuron, x, rate,
-                          checkpoints + segment * channels, reset, valid, &tape);
-        for (int i = 0; i < count; i++) {
-            sum_rate[i] = 0;
+        for (int c = 0; c < count; c += BLOCK) {
+            const int own = count - c < BLOCK ? count - c : BLOCK;
+            backward_segment(own, decay_input, soft_reset, first, last, channels, neuron, x + c, rate + c, reset,
+                             valid, checkpoints + segment * channels + c, grad_spikes + c, grad_x + c,
+                             grad_v_in + c, grad_rate + c);
         }
-        for (int64_t t = last - 1; t >= first; t--) {
-            const real *restrict h = tape.h[t - first], *restrict drive = tape.drive[t - first];
-            const real *restrict gs = grad_spikes + t * channels;
-            real *restrict gx = grad_x + t * channels;
-            if (valid && !valid[t]) {
-                memset(gx, 0, (size_t)count * sizeof(real));
-            } else {
-                surrogate_slope(count, neuron, h, slope);
-#pragma omp simd
-                for (int i = 0; i < count; i++) {
-                    const real kept = soft_reset || h[i] < threshold ? (real)1 : (real)0;
-                    const real through = kept - (by_h * h[i] + constant) * slope[i];
-                    const real grad_h = gs[i] * slope[i] + grad_v[i] * through;
-                    gx[i] = grad_h * by_x[i];
-                    sum_rate[i] += grad_h * drive[i];
-                    grad_v[i] = grad_h * leak[i];
-                }
-            }
-            if (reset && reset[t]) {
-                for (int i = 0; i < count; i++) {
-                    grad_v[i] = 0;
-                }
-            }
-        }
-        for (int i = 0; i < count; i++) {
-            grad_rate[i] += sum_rate[i];
-        }
-    }
-    for (int i = 0; i < count; i++) {
-        grad_v_in[i] = grad_v[i];
     }
 }
 
 void lif_forward(int64_t rows, int64_t steps, int64_t channels, const struct neuron *neuron, const real *x,
                  const real *v_in, const real *rate, const uint8_t *reset, const uint8_t *valid, real *spikes,
                  real *v_out, real *checkpoints, int threads) {
-    const int64_t blocks = (channels + BLOCK - 1) / BLOCK, segments = (steps + SEGMENT - 1) / SEGMENT;
-    (void)threads;
+    const int64_t width = task_width(rows, channels, WIDEST, threads), segments = (steps + SEGMENT - 1) / SEGMENT;
+    const int64_t blocks = (channels + width - 1) / width;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
-            const int64_t c = block * BLOCK, at = row * steps * channels + c;
-            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
+            const int64_t c = block * width, at = row * steps * channels + c;
+            const int count = (int)(channels - c < width ? channels - c : width);
             DISPATCH_VARIANT(forward_block, count, neuron, steps, channels, neuron, x + at,
                              v_in + row * channels + c, rate + c, reset ? reset + row * steps : NULL,
                              valid ? valid + row * steps : NULL, spikes + at, v_out + row * channels + c,
@@ -205,13 +218,13 @@ void lif_backward(int64_t rows, int64_t steps, int64_t channels, const struct ne
                   const real *rate, const uint8_t *reset, const uint8_t *valid, const real *checkpoints,
                   const real *grad_spikes, const real *grad_v_out, real *grad_x, real *grad_v_in,
                   real *rate_rows, real *grad_rate, int threads) {
-    const int64_t blocks = (channels + BLOCK - 1) / BLOCK, segments = (steps + SEGMENT - 1) / SEGMENT;
-    (void)threads;
+    const int64_t width = task_width(rows, channels, WIDEST, threads), segments = (steps + SEGMENT - 1) / SEGMENT;
+    const int64_t blocks = (channels + width - 1) / width;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
-            const int64_t c = block * BLOCK, at = row * steps * channels + c, s = row * channels + c;
-            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
+            const int64_t c = block * width, at = row * steps * channels + c, s = row * channels + c;
+            const int count = (int)(channels - c < width ? channels - c : width);
             DISPATCH_VARIANT(backward_block, count, neuron, steps, channels, neuron, x + at, rate + c,
                              reset ? reset + row * steps : NULL, valid ? valid + row * steps : NULL,
                              checkpoints + row * segments * channels + c, grad_spikes + at, grad_v_out + s,

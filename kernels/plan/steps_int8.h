@@ -16,7 +16,7 @@ static void tally_counts(const struct machine *m, const struct record *r, const 
             magnitude += counts[i] < 0 ? -counts[i] : counts[i];
         }
         statistics[SILENT] += silent;
-        statistics[MAGNITUDE] += magnitude;
+        statistics[SPIKE_SUM] += magnitude;
         events += w->inputs - silent;
     }
     /* The event-driven form reads a row's own weights, the dense one reads all of them once. */
@@ -39,10 +39,11 @@ STEP(linear_int8) {
     }
     uint8_t *scratch = (uint8_t *)m->plan->scratch + (m->rows * (int64_t)sizeof(float) + 63) / 64 * 64;
     tally_counts(m, r, w);
-#pragma omp parallel for schedule(static, 1) num_threads(m->threads) if (m->threads > 1)
-    for (int thread = 0; thread < m->threads; thread++) {
+    const int threads = threads_for(m, w->inputs * w->outputs);
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int thread = 0; thread < threads; thread++) {
         int64_t first, last;
-        packed_share(w, thread, m->threads, &first, &last);
+        packed_share(w, thread, threads, &first, &last);
         packed_rows(w, (const int8_t *)reg(m, 0, r->a[0]), m->rows, stride * (int64_t)sizeof(float),
                     r->a[2] < 0 ? NULL : thresholds, bias, reg(m, 0, r->a[1]), stride, scratch + thread * each, first,
                     last);
@@ -63,7 +64,9 @@ STEP(linear_int8_float) {
             statistics[SILENT] += x[i] == 0;
         }
     }
-#pragma omp parallel for schedule(static) num_threads(m->threads) if (m->threads > 1)
+    const int threads = threads_for(m, w->inputs * w->outputs);
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t output = 0; output < w->outputs; output++) {
         EACH_ROW {
             const float *x = reg(m, row, r->a[0]);

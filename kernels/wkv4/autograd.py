@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spikelm.kernels.wkv4.c import wkv4_backward, wkv4_forward
+from spikelm.kernels.pointers import runs_directly
+from spikelm.kernels.wkv4.c import forward, wkv4_backward, wkv4_forward
 
 
 def wkv4(
@@ -19,7 +20,8 @@ def wkv4(
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, C] and state [B, 3, C] of decay [C], bonus [C], k and v [B, T, C]; float32 or float64."""
-    y, last, _ = wkv4_forward(decay, bonus, k, v, state, reset, valid)
+    run = forward if runs_directly(decay, bonus, k, v, state, reset, valid) else wkv4_forward
+    y, last, _ = run(decay, bonus, k, v, state, reset, valid)
     return y, last
 
 

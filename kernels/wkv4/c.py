@@ -24,8 +24,7 @@ def _library(dtype: torch.dtype) -> CDLL:
     return library
 
 
-@torch.library.custom_op("spikelm::wkv4_forward", mutates_args=(), device_types="cpu")
-def wkv4_forward(
+def forward(
     decay: Tensor,
     bonus: Tensor,
     k: Tensor,
@@ -44,6 +43,9 @@ def wkv4_forward(
         rows, steps, channels, *map(address, (*given, y, last, checkpoints)), threads_for(k)
     )
     return y, last, checkpoints
+
+
+wkv4_forward = torch.library.custom_op("spikelm::wkv4_forward", forward, mutates_args=(), device_types="cpu")
 
 
 @wkv4_forward.register_fake

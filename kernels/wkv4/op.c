@@ -10,7 +10,10 @@
  */
 #include "step.h"
 
-#define BLOCK 64
+/* Channels of a task: rows of memory as long as possible, so that a page is visited once and not in pieces. */
+#define WIDEST 2048
+/* Channels whose segment is differentiated at once: its tape stays in the nearest caches. */
+#define BLOCK 256
 #define SEGMENT 32
 
 INLINE void load_state(int count, const real *state, int64_t channels, real *num, real *den, real *max) {
@@ -44,7 +47,7 @@ INLINE void forward_block(int count, int64_t steps, int64_t channels, const real
                           const real *restrict state_in, const uint8_t *restrict reset,
                           const uint8_t *restrict valid, real *restrict y, real *restrict state_out,
                           real *restrict checkpoints) {
-    real num[BLOCK], den[BLOCK], max[BLOCK];
+    real num[WIDEST], den[WIDEST], max[WIDEST];
     load_state(count, state_in, channels, num, den, max);
     for (int64_t t = 0; t < steps; t++, k += channels, v += channels, y += channels) {
         if (t % SEGMENT == 0) {
@@ -65,10 +68,9 @@ INLINE void forward_block(int count, int64_t steps, int64_t channels, const real
 
 /* What the backward pass needs of every step of one segment. */
 struct tape {
-    real num[SEGMENT][BLOCK], den[SEGMENT][BLOCK];       /* state before the step */
-    real out_past[SEGMENT][BLOCK], out_now[SEGMENT][BLOCK]; /* weights in the output */
+    real num[SEGMENT][BLOCK], den[SEGMENT][BLOCK];           /* state before the step */
+    real out_past[SEGMENT][BLOCK], out_now[SEGMENT][BLOCK]; /* weights in the output, over its denominator */
     real new_past[SEGMENT][BLOCK], new_now[SEGMENT][BLOCK]; /* weights in the new state */
-    real y[SEGMENT][BLOCK], inverse[SEGMENT][BLOCK];     /* output and 1 / its denominator */
 };
 
 INLINE void recompute_segment(int count, int64_t first, int64_t last, int64_t channels,
@@ -87,29 +89,87 @@ INLINE void recompute_segment(int count, int64_t first, int64_t last, int64_t ch
         if (valid && !valid[t]) {
             continue;
         }
+        real *restrict nums = tape->num[j], *restrict dens = tape->den[j];
+        real *restrict out_past = tape->out_past[j], *restrict out_now = tape->out_now[j];
+        real *restrict new_past = tape->new_past[j], *restrict new_now = tape->new_now[j];
 #pragma omp simd
         for (int i = 0; i < count; i++) {
-            real past, now;
-            weigh(max[i], bonus[i] + kt[i], &past, &now);
-            real inverse = 1 / (past * den[i] + now);
-            tape->num[j][i] = num[i];
-            tape->den[j][i] = den[i];
-            tape->out_past[j][i] = past;
-            tape->out_now[j][i] = now;
-            tape->inverse[j][i] = inverse;
-            tape->y[j][i] = (past * num[i] + now * vt[i]) * inverse;
-            real decayed = max[i] + decay[i];
-            weigh(decayed, kt[i], &past, &now);
-            tape->new_past[j][i] = past;
-            tape->new_now[j][i] = now;
-            num[i] = past * num[i] + now * vt[i];
-            den[i] = past * den[i] + now;
+            const real decayed = max[i] + decay[i];
+            const struct weights w = weigh(max[i], decayed, bonus[i] + kt[i], kt[i]);
+            const real inverse = 1 / multiply_add(w.out_past, den[i], w.out_now);
+            nums[i] = num[i];
+            dens[i] = den[i];
+            out_past[i] = w.out_past * inverse;
+            out_now[i] = w.out_now * inverse;
+            new_past[i] = w.new_past;
+            new_now[i] = w.new_now;
+            num[i] = multiply_add(w.new_past, num[i], w.new_now * vt[i]);
+            den[i] = multiply_add(w.new_past, den[i], w.new_now);
             max[i] = larger(decayed, kt[i]);
         }
     }
 }
 
-/* Gradients of num and den are taken at a fixed max, which only scales them. */
+/* One step of a segment, from its end to its start. Gradients of num and den are taken at a fixed max. */
+INLINE void backward_step(int count, const struct tape *restrict tape, int64_t j, const real *restrict v,
+                          const real *restrict grad_y, real *restrict grad_k, real *restrict grad_v,
+                          real *restrict grad_num, real *restrict grad_den, real *restrict sum_decay,
+                          real *restrict sum_bonus) {
+    const real *restrict num = tape->num[j], *restrict den = tape->den[j];
+    const real *restrict out_past = tape->out_past[j], *restrict out_now = tape->out_now[j];
+    const real *restrict new_past = tape->new_past[j], *restrict new_now = tape->new_now[j];
+#pragma omp simd
+    for (int i = 0; i < count; i++) {
+        const real y = multiply_add(out_past[i], num[i], out_now[i] * v[i]);
+        const real through_now = out_now[i] * grad_y[i], through_past = out_past[i] * grad_y[i];
+        const real through_output = through_now * (v[i] - y);
+        grad_k[i] = multiply_add(new_now[i], multiply_add(grad_num[i], v[i], grad_den[i]), through_output);
+        grad_v[i] = multiply_add(new_now[i], grad_num[i], through_now);
+        sum_bonus[i] += through_output;
+        const real past_num = new_past[i] * grad_num[i], past_den = new_past[i] * grad_den[i];
+        sum_decay[i] = multiply_add(past_num, num[i], multiply_add(past_den, den[i], sum_decay[i]));
+        grad_num[i] = past_num + through_past;
+        grad_den[i] = multiply_add(-through_past, y, past_den);
+    }
+}
+
+/* One segment of up to BLOCK channels, from its end to its start; grad_num and grad_den go on by it. */
+INLINE void backward_segment(int count, int64_t first, int64_t last, int64_t channels,
+                             const real *restrict decay, const real *restrict bonus, const real *restrict k,
+                             const real *restrict v, const uint8_t *restrict reset,
+                             const uint8_t *restrict valid, const real *restrict checkpoint,
+                             const real *restrict grad_y, real *restrict grad_k, real *restrict grad_v,
+                             real *restrict grad_num, real *restrict grad_den, real *restrict grad_decay,
+                             real *restrict grad_bonus) {
+    struct tape tape;
+    real sum_decay[BLOCK], sum_bonus[BLOCK];
+    recompute_segment(count, first, last, channels, decay, bonus, k, v, checkpoint, reset, valid, &tape);
+    for (int i = 0; i < count; i++) {
+        sum_decay[i] = 0;
+        sum_bonus[i] = 0;
+    }
+    for (int64_t t = last - 1; t >= first; t--) {
+        real *restrict gk = grad_k + t * channels, *restrict gv = grad_v + t * channels;
+        if (valid && !valid[t]) {
+            memset(gk, 0, (size_t)count * sizeof(real));
+            memset(gv, 0, (size_t)count * sizeof(real));
+        } else {
+            backward_step(count, &tape, t - first, v + t * channels, grad_y + t * channels, gk, gv, grad_num,
+                          grad_den, sum_decay, sum_bonus);
+        }
+        if (reset && reset[t]) {
+            for (int i = 0; i < count; i++) {
+                grad_num[i] = 0;
+                grad_den[i] = 0;
+            }
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        grad_decay[i] += sum_decay[i];
+        grad_bonus[i] += sum_bonus[i];
+    }
+}
+
 INLINE void backward_block(int count, int64_t steps, int64_t channels, const real *restrict decay,
                            const real *restrict bonus, const real *restrict k, const real *restrict v,
                            const uint8_t *restrict reset, const uint8_t *restrict valid,
@@ -117,11 +177,11 @@ INLINE void backward_block(int count, int64_t steps, int64_t channels, const rea
                            const real *restrict grad_state_out, real *restrict grad_k, real *restrict grad_v,
                            real *restrict grad_state_in, real *restrict grad_decay,
                            real *restrict grad_bonus) {
-    struct tape tape;
-    real grad_num[BLOCK], grad_den[BLOCK], sum_decay[BLOCK], sum_bonus[BLOCK];
+    real *restrict grad_num = grad_state_in, *restrict grad_den = grad_state_in + channels;
     for (int i = 0; i < count; i++) {
         grad_num[i] = grad_state_out[i];
         grad_den[i] = grad_state_out[channels + i];
+        grad_state_in[2 * channels + i] = 0;
         grad_decay[i] = 0;
         grad_bonus[i] = 0;
     }
@@ -129,63 +189,25 @@ INLINE void backward_block(int count, int64_t steps, int64_t channels, const rea
     for (int64_t segment = segments - 1; segment >= 0; segment--) {
         const int64_t first = segment * SEGMENT;
         const int64_t last = first + SEGMENT < steps ? first + SEGMENT : steps;
-        recompute_segment(count, first, last, channels, decay, bonus, k, v,
-                          checkpoints + segment * 3 * channels, reset, valid, &tape);
-        for (int i = 0; i < count; i++) {
-            sum_decay[i] = 0;
-            sum_bonus[i] = 0;
+        for (int c = 0; c < count; c += BLOCK) {
+            const int own = count - c < BLOCK ? count - c : BLOCK;
+            backward_segment(own, first, last, channels, decay + c, bonus + c, k + c, v + c, reset, valid,
+                             checkpoints + segment * 3 * channels + c, grad_y + c, grad_k + c, grad_v + c,
+                             grad_num + c, grad_den + c, grad_decay + c, grad_bonus + c);
         }
-        for (int64_t t = last - 1; t >= first; t--) {
-            const int64_t j = t - first;
-            const real *restrict vt = v + t * channels, *restrict gy = grad_y + t * channels;
-            real *restrict gk = grad_k + t * channels, *restrict gv = grad_v + t * channels;
-            if (valid && !valid[t]) {
-                memset(gk, 0, (size_t)count * sizeof(real));
-                memset(gv, 0, (size_t)count * sizeof(real));
-            } else {
-#pragma omp simd
-                for (int i = 0; i < count; i++) {
-                    const real numerator = gy[i] * tape.inverse[j][i]; /* gradient of the numerator */
-                    const real through_output = tape.out_now[j][i] * numerator * (vt[i] - tape.y[j][i]);
-                    gk[i] = through_output + tape.new_now[j][i] * (grad_num[i] * vt[i] + grad_den[i]);
-                    gv[i] = tape.out_now[j][i] * numerator + tape.new_now[j][i] * grad_num[i];
-                    sum_bonus[i] += through_output;
-                    const real past_num = tape.new_past[j][i] * grad_num[i];
-                    const real past_den = tape.new_past[j][i] * grad_den[i];
-                    sum_decay[i] += past_num * tape.num[j][i] + past_den * tape.den[j][i];
-                    grad_num[i] = past_num + tape.out_past[j][i] * numerator;
-                    grad_den[i] = past_den - tape.out_past[j][i] * numerator * tape.y[j][i];
-                }
-            }
-            if (reset && reset[t]) {
-                for (int i = 0; i < count; i++) {
-                    grad_num[i] = 0;
-                    grad_den[i] = 0;
-                }
-            }
-        }
-        for (int i = 0; i < count; i++) {
-            grad_decay[i] += sum_decay[i];
-            grad_bonus[i] += sum_bonus[i];
-        }
-    }
-    for (int i = 0; i < count; i++) {
-        grad_state_in[i] = grad_num[i];
-        grad_state_in[channels + i] = grad_den[i];
-        grad_state_in[2 * channels + i] = 0;
     }
 }
 
 void wkv4_forward(int64_t rows, int64_t steps, int64_t channels, const real *decay, const real *bonus,
                   const real *k, const real *v, const real *state_in, const uint8_t *reset,
                   const uint8_t *valid, real *y, real *state_out, real *checkpoints, int threads) {
-    const int64_t blocks = (channels + BLOCK - 1) / BLOCK, segments = (steps + SEGMENT - 1) / SEGMENT;
-    (void)threads;
+    const int64_t width = task_width(rows, channels, WIDEST, threads), segments = (steps + SEGMENT - 1) / SEGMENT;
+    const int64_t blocks = (channels + width - 1) / width;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
-            const int64_t c = block * BLOCK, at = row * steps * channels + c, s = row * 3 * channels + c;
-            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
+            const int64_t c = block * width, at = row * steps * channels + c, s = row * 3 * channels + c;
+            const int count = (int)(channels - c < width ? channels - c : width);
             forward_block(count, steps, channels, decay + c, bonus + c, k + at, v + at,
                            state_in + s, reset ? reset + row * steps : NULL,
                            valid ? valid + row * steps : NULL, y + at, state_out + s,
@@ -200,13 +222,13 @@ void wkv4_backward(int64_t rows, int64_t steps, int64_t channels, const real *de
                    const real *checkpoints, const real *grad_y, const real *grad_state_out, real *grad_k,
                    real *grad_v, real *grad_state_in, real *decay_rows, real *bonus_rows, real *grad_decay,
                    real *grad_bonus, int threads) {
-    const int64_t blocks = (channels + BLOCK - 1) / BLOCK, segments = (steps + SEGMENT - 1) / SEGMENT;
-    (void)threads;
+    const int64_t width = task_width(rows, channels, WIDEST, threads), segments = (steps + SEGMENT - 1) / SEGMENT;
+    const int64_t blocks = (channels + width - 1) / width;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t block = 0; block < blocks; block++) {
-            const int64_t c = block * BLOCK, at = row * steps * channels + c, s = row * 3 * channels + c;
-            const int count = (int)(channels - c < BLOCK ? channels - c : BLOCK);
+            const int64_t c = block * width, at = row * steps * channels + c, s = row * 3 * channels + c;
+            const int count = (int)(channels - c < width ? channels - c : width);
             backward_block(count, steps, channels, decay + c, bonus + c, k + at, v + at,
                            reset ? reset + row * steps : NULL, valid ? valid + row * steps : NULL,
                            checkpoints + row * segments * 3 * channels + c, grad_y + at, grad_state_out + s,

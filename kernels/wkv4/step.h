@@ -8,25 +8,34 @@
 
 #include "../real.h"
 
-/* weights of the two terms: exp(a - max(a, b)) and exp(b - max(a, b)) */
-INLINE void weigh(real a, real b, real *weight_a, real *weight_b) {
-    const real difference = a - b;
-    const real small = exp_nonpositive(difference < 0 ? difference : -difference);
-    *weight_a = difference >= 0 ? (real)1 : small;
-    *weight_b = difference >= 0 ? small : (real)1;
-}
-
 INLINE real larger(real a, real b) { return a > b ? a : b; }
+
+/* What a token weighs beside the past, in the output and in the new state: exp(a - max(a, b)) and
+ * exp(b - max(a, b)) for two pairs a, b. */
+struct weights {
+    real out_past, out_now, new_past, new_now;
+};
+
+INLINE struct weights weigh(real max, real decayed, real current, real k) {
+    const real out = max - current, new = decayed - k;
+    real out_small, new_small;
+    exp_nonpositive_pair(-MAGNITUDE(out), -MAGNITUDE(new), &out_small, &new_small);
+    const int out_falls = out < 0, new_falls = new < 0; /* whether the past weighs less */
+    struct weights w;
+    w.out_past = out_falls ? out_small : (real)1;
+    w.out_now = out_falls ? (real)1 : out_small;
+    w.new_past = new_falls ? new_small : (real)1;
+    w.new_now = new_falls ? (real)1 : new_small;
+    return w;
+}
 
 /* The output of a token; (num, den, max) go on by it. */
 INLINE real wkv4_token(real decay, real bonus, real k, real v, real *num, real *den, real *max) {
-    real past, now;
-    weigh(*max, bonus + k, &past, &now);
-    const real y = (past * *num + now * v) / (past * *den + now);
     const real decayed = *max + decay;
-    weigh(decayed, k, &past, &now);
-    *num = past * *num + now * v;
-    *den = past * *den + now;
+    const struct weights w = weigh(*max, decayed, bonus + k, k);
+    const real y = multiply_add(w.out_past, *num, w.out_now * v) / multiply_add(w.out_past, *den, w.out_now);
+    *num = multiply_add(w.new_past, *num, w.new_now * v);
+    *den = multiply_add(w.new_past, *den, w.new_now);
     *max = larger(decayed, k);
     return y;
 }

@@ -42,6 +42,28 @@ def kernels(
 
 
 @app.command()
+def decode(
+    model: Model = "spikegpt-46m-sd",
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens of one timed run.")] = 200,
+    repeats: Annotated[int, typer.Option("--repeats", min=3, help="Timed runs of each candidate.")] = 5,
+    peer_python: PeerPython = None,
+    json: JsonOption = None,
+) -> None:
+    """Time decoding on one thread: float32, dense int8 and event-driven int8 at several silent shares.
+
+    Random weights of the preset's shape: what is read does not depend on their values. The limit is how fast
+    one thread reads as many bytes from huge pages in the same run. Peers: llama.cpp with q8_0 weights
+    (xllamacpp and gguf) and the rwkv package (rwkv, torch), in an environment of their own.
+
+    Example: spikelm bench decode --tokens 100 --peer-python peers/bin/python
+    """
+    from spikelm.bench import decode as bench
+
+    figures = bench.measure(model, tokens=tokens, repeats=repeats, peer_python=_checked(peer_python))
+    _finish(bench.lines(figures), figures, json)
+
+
+@app.command()
 def train(
     model: Model = "spikegpt-46m",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed steps of each candidate.")] = 3,

@@ -58,5 +58,5 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     built = list(cache.glob("*.so"))
-    assert len(built) == 2 * len(in_c)  # two precisions
+    assert {library.name.rpartition("-")[0] for library in built} >= set(in_c)
     assert all(b"__asan_init" in library.read_bytes() for library in built)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikelm.bench import decode as decode_bench
 from spikelm.bench import kernels as kernel_bench
 from spikelm.bench import limits
 from spikelm.cli import main
@@ -62,6 +63,25 @@ def test_train(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert row["gflops"] == pytest.approx(flops / row["step_seconds"] / 1e9)
         assert row["share_of_gemm_peak"] == pytest.approx(row["gflops"] / part["gemm_2048_gflops"])
     assert "of the peak" in capsys.readouterr().out
+
+
+def test_decode(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "decode.json"
+    words = "bench decode --model spikegpt-nano-sd --tokens 8 --repeats 3 --json".split()
+    assert main([*words, str(file)]) == 0
+    figures = json.loads(file.read_text())["figures"]
+    rows = figures["candidates"]
+    assert rows["float32"]["dense_bytes_per_token"] > 3.5 * rows["int8"]["dense_bytes_per_token"]
+    for name, row in rows.items():
+        limit = figures["read_bytes_per_second"]["float32" if name == "float32" else "int8"]
+        share = row["tokens_per_second"] * row["dense_bytes_per_token"] / limit
+        assert row["share_of_limit_if_dense"] == pytest.approx(share, rel=0.01, abs=1e-3)
+        if "dense" in name:
+            assert "in_out" not in row["layouts"]
+    for share in decode_bench.SILENT:  # as silent as asked, and then read by rows
+        assert rows[f"int8_event_{share}"]["silent_share"] == pytest.approx(share, abs=0.1)
+    assert rows["int8_event_0.9"]["layouts"]["in_out"] > 0
+    assert "times_dense_at_0.9_silent" in capsys.readouterr().out
 
 
 def test_wrong_input_is_one_sentence(quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a decode plan does besides arithmetic: slots, states, statistics, what it refuses, what it leaves alone."""
+"""What a decode plan does besides arithmetic: slots, states, statistics, refusals, what it leaves alone."""
 
 from __future__ import annotations
 
