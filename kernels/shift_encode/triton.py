@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spikelm.errors import KernelError
 from spikelm.kernels.ahead import Compilation
-from spikelm.kernels.encode.triton_common import as_int8, count_of, threshold_of
+from spikelm.kernels.encode.triton_common import as_int8, counts_of, threshold_of
 from spikelm.kernels.shift_encode.options import Norm, Options
 from spikelm.kernels.triton_scan import TYPES, alignment
 
@@ -93,7 +93,9 @@ def shift_encode_kernel(
             mixed = tl.where(inside & here, mixed, 0.0)
             mean = tl.div_rn(tl.sum(tl.abs(mixed), 0), sample)
             threshold = threshold_of(mean, k)
-            count, capped = count_of(mixed, threshold, dead_zone * mean, cap)
+            edge = dead_zone * mean
+            count, capped = counts_of(mixed[None, :], threshold, edge, cap, True, True)
+            count, capped = tl.reshape(count, [BLOCK]), tl.reshape(capped, [BLOCK])
             whole = as_int8(capped)
             place = m * rows * steps + at + t
             tl.store(counts_ptr + place * stride + column, whole, mask=inside)

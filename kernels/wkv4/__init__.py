@@ -67,7 +67,8 @@ def wkv4(
         u: bonus of the current token [C].
         k: keys [B, T, C], any floating dtype; safe for any finite value.
         v: values [B, T, C].
-        state: (num, den, max) [B, 3, C], A = num exp(max), B = den exp(max); see :func:`initial_state`.
+        state: (num, den, max) [B, 3, C], A = num exp(max), B = den exp(max), den not negative; see
+            :func:`initial_state`.
         reset: bool [B, T]; where true the state is emptied before the token.
         valid: bool [B, T]; where false the state stays (after a reset, if any) and y is 0.
 

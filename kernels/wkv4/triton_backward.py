@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from spikelm.kernels.triton_scan import rows_of
-from spikelm.kernels.wkv4.triton_forward import weigh
+from spikelm.kernels.wkv4.triton_forward import reciprocal, weigh
 
 
 @triton.jit(do_not_specialize=["steps", "chunk", "channels"])
@@ -132,7 +132,7 @@ def wkv4_backward_kernel(
             k = ks[i].to(tl.float32)
             v = vs[i].to(tl.float32)
             past, now = weigh(tops[i], bonus + k)
-            inverse = 1.0 / (past * dens[i] + now)
+            inverse = reciprocal(past * dens[i] + now)
             y = (past * nums[i] + now * v) * inverse
             numerator = gs[i].to(tl.float32) * inverse  # its gradient
             by_past = past * numerator
