@@ -68,10 +68,11 @@ check: $(DEV) ## lint, formatting and types
 	@$(BIN)/mypy
 
 bench: $(DEV) ## run the benchmarks; results go to benchmarks/results
-	@echo "== bench: every file of benchmarks/ in turn (keep the machine otherwise idle) =="
-	@found=; for file in benchmarks/[!_]*.py; do \
-		[ -f "$$file" ] || continue; found=yes; echo "-- $$file"; $(BIN)/python "$$file" || exit 1; done; \
-	[ -n "$$found" ] || echo "There is no benchmark in benchmarks/ yet."
+	@echo "== bench: spikelm bench, then every file of benchmarks/ in turn (keep the machine otherwise idle) =="
+	@OMP_NUM_THREADS=1 $(BIN)/spikelm bench kernels --json benchmarks/results/kernels_cpu.json
+	@OMP_NUM_THREADS=1 $(BIN)/spikelm bench decode --json benchmarks/results/decode.json
+	@$(BIN)/spikelm bench train --json benchmarks/results/train_step.json
+	@for file in benchmarks/[!_]*.py; do echo "-- $$file"; $(BIN)/python "$$file" || exit 1; done
 
 # No installation here: a GPU machine may have no network, and the kernels need torch and triton alone.
 gpu: ## run the kernel tests on this machine's GPU with the Python that has torch

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gemm import wait
 from _record import record
 from torch import Tensor
 
+from spikelm.bench.limits import wait
 from spikelm.config import ModelConfig
 from spikelm.model import SpikeLM
 from spikelm.state import State, state_bytes, tree_map

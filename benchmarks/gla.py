@@ -19,10 +19,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _gemm import square_peak, wait
 from _record import record
 from torch import Tensor
 
+from spikelm.bench.limits import square_peak, wait
 from spikelm.kernels.dispatch import OPS, use_backend
 from spikelm.kernels.gla import gla, initial_state
 from spikelm.kernels.gla.chunked import LONGEST_CHUNK

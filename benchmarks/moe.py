@@ -15,9 +15,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from _gemm import wait
 from _record import record
 
+from spikelm.bench.limits import wait
 from spikelm.block import build_child
 from spikelm.channels import experts
 from spikelm.config import ModelConfig

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gemm import wait
 from _record import record
 
+from spikelm.bench.limits import wait
 from spikelm.train import backend_torch
 from spikelm.train.config import TrainConfig
 from spikelm.train.reporting import silent_progress

@@ -1,7 +1,8 @@
 """Triton kernels compiled ahead of time, without a GPU: proof that they build, and what each one takes.
 
     python -m spikelm.kernels.ahead            compile everything, print the table
-    python -m spikelm.kernels.ahead --write benchmarks/results/triton_ahead.json
+    python -m spikelm.kernels.ahead --write    write benchmarks/results/triton_ahead.json and its page,
+                                               docs/gpu-resources.md; modules that did not change are kept
 
 Every module with Triton kernels (``kernels/<op>/triton*.py``) has a function ``compilations(target)``, which
 lists the configurations that it ships for a target. The table holds registers, shared memory and spilled
@@ -44,6 +45,10 @@ SHARED_LIMIT: Mapping[str, int] = {
 MOST_SPILLED = 64
 """Spilled bytes per thread beyond which a configuration is not shipped."""
 FOLDER = Path(__file__).parent
+TABLE = FOLDER.resolve().parent / "benchmarks" / "results" / "triton_ahead.json"
+"""The committed table; only a checkout has it."""
+PAGE = FOLDER.resolve().parent / "docs" / "gpu-resources.md"
+"""The same as a page to read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,8 @@ class Compilation:
         num_stages: stages of software pipelining.
         options: other compiler options, for example ``{"enable_fp_fusion": False}``.
         unaligned: pointer arguments that are not promised to be multiples of 16 bytes.
+        multiples: integer arguments that are multiples of 16 in the usual call; a launch sees that by itself,
+            and memory is then read in wider pieces. (One that is 1 belongs into ``constants``.)
     """
 
     kernel: Any
@@ -69,6 +76,7 @@ class Compilation:
     num_stages: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
     unaligned: Sequence[str] = ()
+    multiples: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,8 @@ def source_hash(module: str) -> str:
     """Hash of what decides a module's table: its folder's Triton sources and those shared by all."""
     folder = FOLDER / module.split(".")[2]
     digest = hashlib.sha256()
-    for path in [*sorted(folder.glob("triton*.py")), *sorted(FOLDER.glob("triton*.py"))]:
+    shared = [path for path in sorted(FOLDER.glob("triton*.py")) if path.name != "triton_excluded.py"]
+    for path in [*sorted(folder.glob("triton*.py")), *shared]:
         digest.update(path.read_bytes())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
@@ -113,6 +122,22 @@ def compile_one(wanted: Compilation, target: str) -> Resources:
     Raises:
         KernelError: Triton runs as an interpreter in this process, or the compiler fails.
     """
+    compiled, log = _compile(wanted, target)
+    shared = int(compiled.metadata.shared)
+    if "amdgcn" in compiled.asm:
+        return _amd(compiled.asm["amdgcn"], shared, TARGETS[target][2])
+    return _nvidia(log, shared)
+
+
+def assembly(wanted: Compilation, target: str) -> str:
+    """The PTX or AMDGCN that a configuration becomes; errors as those of :func:`compile_one`."""
+    compiled, _ = _compile(wanted, target)
+    text: str = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    return text
+
+
+def _compile(wanted: Compilation, target: str) -> tuple[Any, str]:
+    """The compiled kernel and what ptxas said."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -131,7 +156,7 @@ def compile_one(wanted: Compilation, target: str) -> Resources:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in wanted.signature.items()
-        if kind.startswith("*") and name not in wanted.unaligned
+        if (kind.startswith("*") and name not in wanted.unaligned) or name in wanted.multiples
     }
     source = ASTSource(wanted.kernel, signature, dict(wanted.constants), aligned)
     options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages, **wanted.options}
@@ -142,18 +167,18 @@ def compile_one(wanted: Compilation, target: str) -> Resources:
             compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         except Exception as error:
             raise KernelError(f"{wanted.name} does not compile for {target}: {error}") from error
-    shared = int(compiled.metadata.shared)
-    if "amdgcn" in compiled.asm:
-        return _amd(compiled.asm["amdgcn"], shared, TARGETS[target][2])
-    return _nvidia(log.getvalue(), shared)
+    return compiled, log.getvalue()
 
 
-def table(targets: Sequence[str] = tuple(TARGETS), only: Sequence[str] = ()) -> dict[str, Any]:
+def table(
+    targets: Sequence[str] = tuple(TARGETS), only: Sequence[str] = (), known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Compile every configuration.
 
     Args:
         targets: which to compile for.
         only: ops whose modules are compiled; empty for all.
+        known: an older table; modules whose sources and Triton are those of it are taken over.
 
     Returns:
         {"triton": version, "modules": {module: {"source": hash, "kernels": {name: {target: resources}}}}}
@@ -164,12 +189,33 @@ def table(targets: Sequence[str] = tuple(TARGETS), only: Sequence[str] = ()) -> 
     for module in modules():
         if only and module.split(".")[2] not in only:
             continue
+        if known is not None and not stale(known, module, targets):
+            result["modules"][module] = known["modules"][module]
+            continue
         kernels: dict[str, dict[str, dict[str, int]]] = {}
         for target in targets:
             for wanted in compilations(module, target):
                 kernels.setdefault(wanted.name, {})[target] = asdict(compile_one(wanted, target))
         result["modules"][module] = {"source": source_hash(module), "kernels": kernels}
     return result
+
+
+def stale(known: Mapping[str, Any], module: str, targets: Sequence[str] = tuple(TARGETS)) -> str | None:
+    """Why a table does not speak of a module as it is now, or None."""
+    import triton
+
+    if known.get("triton") != triton.__version__:
+        return f"the table was made with Triton {known.get('triton')}, this is {triton.__version__}"
+    entry = known["modules"].get(module)
+    if entry is None:
+        return f"{module} is not in the table"
+    if entry["source"] != source_hash(module):
+        return f"{module} has changed since the table was made"
+    for target in targets:
+        for wanted in compilations(module, target):
+            if target not in entry["kernels"].get(wanted.name, {}):
+                return f"{wanted.name} is not in the table for {target}"
+    return None
 
 
 def problems(found: Mapping[str, Any]) -> list[str]:
@@ -183,6 +229,29 @@ def problems(found: Mapping[str, Any]) -> list[str]:
                 if taken["shared"] > SHARED_LIMIT[target]:
                     sentences.append(f"{name} needs {taken['shared']} bytes of shared memory on {target}")
     return sentences
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The table as Markdown: registers / bytes of shared memory / spilled bytes, by target."""
+    lines = [
+        "# What the GPU kernels take",
+        f"Compiled ahead of time with Triton {found['triton']}, without a GPU: registers per thread / "
+        "bytes of shared memory per block / spilled bytes per thread (gfx942 counts vector registers).",
+        "Made by `python -m spikelm.kernels.ahead --write` from the configurations that the modules ship; "
+        "[gpu.md](gpu.md) says what that proves and what it does not.",
+    ]
+    for module, entry in found["modules"].items():
+        lines += ["", f"## {module.removeprefix('spikelm.kernels.')}", f"| kernel | {' | '.join(TARGETS)} |"]
+        lines.append("| --- |" + " ---: |" * len(TARGETS))
+        for name, taken in sorted(entry["kernels"].items()):
+            cells = [
+                "{registers} / {shared} / {spilled}".format(**taken[target])
+                if target in taken
+                else "not shipped"
+                for target in TARGETS
+            ]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager
@@ -225,11 +294,19 @@ def _amd(assembly: str, shared: int, lanes: int) -> Resources:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, write it where asked; exit code 1 where a configuration must not be shipped."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
-    parser.add_argument("--write", type=Path, help="JSON file for the table")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write the table and its page, {TABLE.name} and {PAGE.name}"
+    )
+    parser.add_argument("--all", action="store_true", help="with --write: compile what has not changed too")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--op", action="append", default=[], help="only this op's kernels")
     chosen = parser.parse_args(arguments)
-    found = table(chosen.target or tuple(TARGETS), chosen.op)
+    if chosen.write and (chosen.target or chosen.op):
+        parser.error("--write is the whole table, without --target and --op")
+    known = None
+    if chosen.write and not chosen.all and TABLE.is_file():
+        known = json.loads(TABLE.read_text())
+    found = table(chosen.target or tuple(TARGETS), chosen.op, known)
     for module in found["modules"].values():
         for name, per_target in module["kernels"].items():
             for target, taken in per_target.items():
@@ -237,8 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{name:60} {target:7} {taken['registers']:4} registers {taken['shared']:7} B shared "
                     f"{taken['spilled']:5} B spilled"
                 )
-    if chosen.write is not None:
-        chosen.write.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    if chosen.write:
+        TABLE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        PAGE.write_text(page(found))
     wrong = problems(found)
     for sentence in wrong:
         print(sentence, file=sys.stderr)

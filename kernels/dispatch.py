@@ -28,6 +28,7 @@ import torch
 
 from spikelm.errors import KernelError, nearest
 from spikelm.kernels import compile as compiler
+from spikelm.kernels.triton_excluded import why_excluded
 
 AUTO = "auto"
 BACKENDS = ("reference", "torch", "c", "triton")
@@ -36,14 +37,16 @@ ENVIRONMENT = "SPIKELM_KERNELS"
 # op -> back-ends that exist for it
 OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "encode": ("reference", "torch", "c"),
-        "gated_delta": ("reference", "torch"),
-        "gla": ("reference", "torch"),
-        "int8_linear": ("reference", "torch"),
-        "lif": ("reference", "torch", "c"),
+        "encode": ("reference", "torch", "c", "triton"),
+        "event_linear": ("reference", "torch", "triton"),
+        "gated_delta": ("reference", "torch", "c", "triton"),
+        "gla": ("reference", "torch", "c", "triton"),
+        "int8_linear": ("reference", "torch", "c", "triton"),
+        "lif": ("reference", "torch", "c", "triton"),
         "planes": ("reference", "torch", "c"),
+        "rowwise": ("reference", "torch", "c"),
         "shift_encode": ("reference", "torch", "c"),
-        "wkv4": ("reference", "torch", "c"),
+        "wkv4": ("reference", "torch", "c", "triton"),
     }
 )
 
@@ -86,8 +89,14 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def choose(op: str, device: torch.device) -> str:
+def choose(op: str, device: torch.device, **configuration: object) -> str:
     """Back-end that runs ``op`` on tensors of ``device``: reference, torch, c or triton.
+
+    Args:
+        op: a name of OPS.
+        device: where the tensors are.
+        configuration: what tells one Triton configuration of the op from another (``dtype="bfloat16"``,
+            ``K=128``); those that are known to be wrong are not run (see triton_excluded.py).
 
     Raises:
         KernelError: the op is unknown, or the back-end asked for is not available.
@@ -96,8 +105,14 @@ def choose(op: str, device: torch.device) -> str:
         raise KernelError(nearest("kernel op", op, OPS))
     wanted = backend()
     if wanted == AUTO:
-        return _automatic(op, device.type)
+        chosen = _automatic(op, device.type)
+        if chosen == "triton" and (why := why_excluded(op, device, configuration)) is not None:
+            _warn_excluded(op, why)
+            return "torch"
+        return chosen
     problem = _problem(op, wanted, device.type)
+    if problem is None and wanted == "triton":
+        problem = why_excluded(op, device, configuration)
     if problem is not None:
         raise KernelError(f"{op} on {device.type} cannot use the {wanted!r} back-end: {problem}")
     return wanted
@@ -175,3 +190,8 @@ def _announce(op: str, device_type: str, chosen: str, reason: str) -> None:
 @cache
 def _warn_slow(fast: str, problem: str) -> None:
     logger.warning("no %s kernels, slower torch forms are used: %s", _SPOKEN[fast], problem)
+
+
+@cache
+def _warn_excluded(op: str, why: str) -> None:
+    logger.warning("kernel %s runs in torch: its Triton form is %s", op, why)

@@ -49,7 +49,14 @@ static inline void sum_rows(int64_t rows, int64_t channels, const real *restrict
 
 #define MAGNITUDE fabs
 
-INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
+/* A fused multiply-add where the processor has one; never the slow library function. */
+INLINE double multiply_add(double a, double b, double c) {
+#ifdef __FP_FAST_FMA
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 
 INLINE double exp_nonpositive(double x) { return exp(x); }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from spikelm.norms import RMSNorm
 from spikelm.projection import Projection
 
 if TYPE_CHECKING:
@@ -71,4 +72,4 @@ class Build:
 
     def rms_norm(self, features: int) -> nn.RMSNorm:
         """An RMSNorm with the configuration's epsilon, whatever the blocks use."""
-        return nn.RMSNorm(features, self.epsilon)
+        return RMSNorm(features, self.epsilon)

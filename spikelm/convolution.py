@@ -9,7 +9,7 @@ as [D, n] with w_j in column n - 1 - j, as ``nn.Conv1d`` holds them.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from torch.nn import functional as F
 
 from spikelm.activations import silu
 from spikelm.errors import ConfigError, nearest
+from spikelm.kernels.plan.builder import a_field
 from spikelm.recurrence import Context, Part, compacted, memory_dtype, zero_invalid
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 ACTIVATIONS = ("silu", "none")
 
@@ -104,6 +108,21 @@ class ShortConvolution(Part):
             other = document.gather(1, last) != document[:, -1:]
             window = window.masked_fill(other[..., None], 0.0)
         return zero_invalid(y, ctx), {"window": window}
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        y = plan.register(x.width)
+        plan.record(
+            "convolve",
+            x,
+            y,
+            x.width,
+            self.kernel - 1,
+            a_field(state["window"]),
+            p=(self.weight.T, self.bias),
+            flags=int(self.activation == "silu"),
+        )
+        return y
 
     def _activate(self, y: Tensor) -> Tensor:
         if self.bias is not None:

@@ -15,21 +15,23 @@ from torch import Tensor, nn
 
 from spikelm import state as states
 from spikelm.errors import KernelError, PlanError
-from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, fields
-from spikelm.kernels.plan.memory import Arena, aligned
+from spikelm.kernels.memory import Arena, aligned
+from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
 from spikelm.model import SpikeLM
+from spikelm.projection import Projection
 from spikelm.recurrence import Part
 from spikelm.state import State
+from spikelm.weights import Int8Linear, pack_model
 
 _PROBLEMS = (
     "",
     "row {row} has token {token}; expected ids from 0 to {last_token}",
     "row {row} has slot {slot}; the plan has slots 0 to {last_slot} (a negative one leaves the row out)",
     "row {row} has slot {slot}, which an earlier row of the batch has too; a slot holds one sequence",
-    "the memory of slot {slot} (row {row}) is full; reset it, or build the plan with a larger max_len",
 )
-"""Sentences of the C enumeration ``problem``."""
+"""Sentences of the C enumeration ``problem``; what is full says so itself."""
+_FULL = 4
 
 
 class DecodePlan:
@@ -47,6 +49,7 @@ class DecodePlan:
 
     Attributes:
         pool: uint8 [slots, bytes], everything the sequences remember.
+        max_len: as given; None where no memory grows.
 
     Raises:
         PlanError: the model has a part that cannot be lowered; the message names it.
@@ -67,24 +70,34 @@ class DecodePlan:
             raise PlanError(f"decode plans are C: {error}") from error
         _check_model(model)
         self.slots, self.vocab_size = slots, model.config.vocab_size
-        with torch.no_grad():
+        self.max_len = max_len if model.grows else None
+        # Tensors of inference mode could not be trained, and the parameters are moved here.
+        with torch.inference_mode(False), torch.no_grad():
             move_weights(model)
+            pack_weights(model)
             initial = states.detach(model.init_state(1, max_len=max_len))
             self._template = initial
             state_fields, state_bytes = _layout(initial)
-            builder = Builder()
+            builder = Builder(slots=slots, threads=self.threads)
             _lower(model, builder, state_fields)
-        self._fields = {value.name: value for value in _leaves(state_fields)}
-        self._weights = _weights(model)
-        self._projections, self._kept = builder.projections, builder.kept
+            self._fields = {value.name: value for value in _leaves(state_fields)}
+            self._weights = _weights(model)
+            self._allocate(builder, state_bytes)
+            for slot in range(slots):
+                self.reset(slot)
+
+    def _allocate(self, builder: Builder, state_bytes: int) -> None:
         records, limits, width = builder.finish()
-        arena = Arena(slots * (state_bytes + 4 * width) + 64)
+        self._projections, self._kept = builder.projections, builder.kept
+        self._refusals = builder.refusals
+        slots, workspaces = self.slots, 2 if builder.gathers else 1
+        arena = Arena(aligned(slots * state_bytes) + aligned(4 * workspaces * slots * width))
         self.pool = arena.tensor((slots, state_bytes), torch.uint8)
-        self._workspace = arena.tensor((slots, width), torch.float32)
+        self._workspace = arena.tensor((workspaces * slots, width), torch.float32)
         self._statistics = torch.zeros(len(builder.projections), len(STATISTICS), dtype=torch.int64)
-        self._scratch = torch.zeros(builder.scratch_once + slots * builder.scratch + 64, dtype=torch.uint8)
+        self._scratch = torch.zeros(builder.scratch + 64, dtype=torch.uint8)
         self._seen = torch.zeros(slots, dtype=torch.int64)
-        self._rows = torch.zeros(3, slots, dtype=torch.int64)
+        self._rows = torch.zeros(5, max(slots, 2), dtype=torch.int64)
         self._logits = torch.zeros(slots, self.vocab_size)
         self._plan = Plan(
             records=len(records),
@@ -103,8 +116,6 @@ class DecodePlan:
             seen=self._seen.data_ptr(),
             rows=self._rows.data_ptr(),
         )
-        for slot in range(slots):
-            self.reset(slot)
 
     def step(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
         """One token of every row; the slots' states go on by it.
@@ -119,6 +130,7 @@ class DecodePlan:
 
         Raises:
             PlanError: tokens or slots that do not fit; no state has changed.
+            StateError: a sequence has no room for another token; no state has changed.
         """
         batch = self._check(tokens, slots)
         problem = self._library.plan_step(
@@ -129,6 +141,8 @@ class DecodePlan:
             self._logits.data_ptr(),
             self.threads,
         )
+        if problem == _FULL:
+            self._refusals[int(self._rows[0, 1])]()
         if problem:
             raise PlanError(self._sentence(problem, tokens, slots))
         return self._logits[:batch]
@@ -225,16 +239,43 @@ _moved: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 
 def move_weights(model: nn.Module) -> None:
-    """Put the float32 parameters of a model into one allocation of huge pages; they stay the same objects."""
+    """Put the float32 parameters of a model into one allocation of huge pages; they stay the same objects.
+
+    Left where they are: parameters that share their memory with something else (flat buffers of a distributed
+    optimiser, other processes, other parameters).
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32]
-    if _moved.get(model) == tuple(parameter.data_ptr() for parameter in parameters):
+    places = [parameter.data_ptr() for parameter in parameters]
+    if _moved.get(model) == tuple(places):
         return
-    arena = Arena(sum(aligned(4 * parameter.numel()) for parameter in parameters))
-    for parameter in parameters:
+    own = [
+        parameter
+        for parameter in parameters
+        if parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+        and not parameter.is_shared()
+        and places.count(parameter.data_ptr()) == 1
+    ]
+    arena = Arena(sum(aligned(4 * parameter.numel()) for parameter in own))
+    for parameter in own:
         home = arena.tensor(tuple(parameter.shape), torch.float32)
         home.copy_(parameter.data)
         parameter.data = home
     _moved[model] = tuple(parameter.data_ptr() for parameter in parameters)
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Pack the int8 matrices of a model that are not packed yet; see :func:`spikelm.weights.pack_model`."""
+    counted = [
+        module.linear
+        for module in model.modules()
+        if isinstance(module, Projection) and isinstance(module.linear, Int8Linear) and module.neuron.spiking
+    ]
+    waiting = [linear for linear in counted if linear.packed is None]
+    if waiting and len(waiting) == len(counted):
+        pack_model(model)
+        return
+    for linear in waiting:
+        linear.pack_()
 
 
 def _check_model(model: SpikeLM) -> None:
@@ -248,6 +289,8 @@ def _check_model(model: SpikeLM) -> None:
             f"the model is {weight.dtype} on {weight.device.type}; "
             "decode plans run float32 and int8 models on the CPU"
         )
+    for module in model.modules():
+        check_overrides(module)
 
 
 def _lower(model: SpikeLM, plan: Builder, state: Fields) -> None:
@@ -295,4 +338,8 @@ def _leaves(tree: Fields) -> list[Field]:
 def _weights(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Address and version of every parameter and buffer."""
     tensors = [*model.parameters(), *model.buffers()]
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    packed = (module.packed for module in model.modules() if isinstance(module, Int8Linear))
+    return (
+        *((tensor.data_ptr(), tensor._version) for tensor in tensors),
+        *((matrix.pointer, 0) for matrix in packed if matrix is not None),
+    )

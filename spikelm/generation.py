@@ -6,6 +6,7 @@ The state is the model's whole memory, so a token costs the same at position ten
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ConfigError, DataError
+from spikelm.plan_cache import plan_of, wanted
 from spikelm.recurrence import EMPTY, Context
 from spikelm.sampling import History, Sampler, token_logprobs
 from spikelm.state import State
 
 if TYPE_CHECKING:
+    from spikelm.decoding import DecodePlan
     from spikelm.model import SpikeLM
     from spikelm.tokenizer import Tokenizer
 
@@ -142,12 +145,15 @@ def _pieces(
 ) -> Iterator[Piece]:
     if max_tokens == 0:
         return
-    device = next(model.parameters()).device
+    device = model.embedding.weight.device
+    planned = wanted(model, ctx)
     history = History(tokens)
     stream, tail = tokenizer.decode_stream(), StopStrings(stop)
     training = model.training
     model.eval()
-    try:
+    with ExitStack() as leaving:
+        leaving.callback(model.train, training)
+        plan: DecodePlan | None = None
         with torch.inference_mode():  # never across a yield: it would reach into the caller
             state = model.init_state(1, device=device, max_len=len(tokens) + max_tokens)
             prompt = torch.tensor([tokens], dtype=torch.int64, device=device)
@@ -169,11 +175,16 @@ def _pieces(
             yield Piece(text=text, token=token, logprob=logprob, finish_reason=reason)
             if reason is not None:
                 return
+            if planned and number == 1:  # not before the first token, which need not wait for it
+                plan = leaving.enter_context(plan_of(model, len(tokens) + max_tokens))
+                if plan is not None:
+                    plan.write(0, state if plan.max_len is None else model.reserve(state, plan.max_len))
             with torch.inference_mode():
-                # A sequence of one token, so that its kernels are those of the prompt: see docs/int8.md.
-                logits, state = prefill(model, chosen[:, None], state, ctx)
-    finally:
-        model.train(training)
+                if plan is not None:
+                    logits = plan.step(chosen)
+                else:
+                    # A sequence of one token, so that its kernels are those of the prompt: see docs/int8.md.
+                    logits, state = prefill(model, chosen[:, None], state, ctx)
 
 
 class StopStrings:

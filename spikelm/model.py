@@ -42,6 +42,8 @@ class SpikeLM(nn.Module):
 
     Attributes:
         gradient_checkpointing: recompute every block in backward instead of keeping its activations.
+        firing: path of a projection -> share of its input counts that were silent when that was measured
+            (``spikelm convert spike``); what int8 weights are laid out by.
     """
 
     def __init__(self, config: ModelConfig, with_head: bool = True) -> None:
@@ -57,6 +59,7 @@ class SpikeLM(nn.Module):
         self.norm = make_norm(config, D)
         self.head = make_projection(config, "", "head", D, config.vocab_size, False) if with_head else None
         self.gradient_checkpointing = False
+        self.firing: dict[str, float] = {}
         for name, module in self.named_modules():
             if isinstance(module, Part):
                 module.path = name
@@ -214,7 +217,9 @@ class SpikeLM(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, shared ones once, int8 weights (which torch holds as buffers) included."""
         return sum(parameter.numel() for parameter in self.parameters()) + sum(
-            module.weight.numel() for module in self.modules() if isinstance(module, Int8Linear)
+            module.out_features * module.in_features
+            for module in self.modules()
+            if isinstance(module, Int8Linear)
         )
 
     def fp32_parameters(self) -> set[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spikelm.codings.product import expanded_product
 from spikelm.errors import PlanError
+from spikelm.kernels.plan.builder import SPIKES
 from spikelm.neurons.base import Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
@@ -107,26 +108,51 @@ class Projection(Part):
         return cast(Tensor, self.linear(_as_weights(spikes, self.linear)))
 
     def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
-        """Neuron and product; float weights."""
+        """Neuron and product in a decode plan."""
         if self.parallel is not None:
             raise PlanError(
                 f"{self.path} is a shard of a tensor-parallel model; decode plans run whole models"
             )
-        if type(self.linear) is not nn.Linear:
-            raise PlanError(f"{self.path} has {type(self.linear).__name__} weights without records")
+        bias = self.bias
+        if isinstance(self.linear, Int8Linear):
+            return self._lower_int8(plan, x, state, bias)
+        if type(self.linear) is not nn.Linear or self.linear.bias is not None:
+            raise PlanError(f"{self.path} has {type(self.linear).__name__} weights, which have no records")
         weight, y = self.linear.weight, plan.register(self.out_features)
         spikes = self.neuron.lower_spikes(plan, x, state)
-        row = plan.statistics(self.path, self.in_features, self.out_features, weight.numel() * 4)
+        row = plan.statistics(self.path, self.in_features, self.out_features)
         plan.record(
             "linear",
-            cast("Register", spikes.values),
-            y,
-            self.in_features,
-            self.out_features,
-            -1 if spikes.scale is None else spikes.scale,
-            row,
-            p=(weight, self.bias),
-            flags=int(self.neuron.spiking),
+            *(cast("Register", spikes.values), y, self.in_features, self.out_features),
+            *(-1 if spikes.scale is None else spikes.scale, row),
+            p=(weight, bias),
+            flags=SPIKES if self.neuron.spiking else 0,
+        )
+        return y
+
+    def _lower_int8(self, plan: Builder, x: Register, state: Fields, bias: Tensor | None) -> Register:
+        linear, y = cast(Int8Linear, self.linear), plan.register(self.out_features)
+        row = plan.statistics(self.path, self.in_features, self.out_features)
+        if not self.neuron.spiking:
+            values = self.neuron.lower(plan, x, state)
+            plan.record(
+                "linear_int8_float",
+                *(values, y, row),
+                p=(plan.int8_rows(linear.weight, linear.scales, linear.group_size), bias),
+            )
+            return y
+        packed = linear.packed
+        weights = (
+            plan.int8_rows(linear.weight, linear.scales, linear.group_size)
+            if packed is None
+            else plan.keep(packed).pointer
+        )
+        plan.need_scratch(plan.int8_scratch(weights))
+        spikes = self.neuron.lower_spikes(plan, x, state, integer=True)
+        plan.record(
+            "linear_int8",
+            *(cast("Register", spikes.counts), y, -1 if spikes.scale is None else spikes.scale, row),
+            p=(weights, bias),
         )
         return y
 
@@ -142,7 +168,8 @@ class Projection(Part):
 
 def _as_weights(x: Tensor, linear: nn.Module) -> Tensor:
     """X in the dtype of the weights (autocast converts by itself)."""
-    weight = getattr(linear, "weight", None)
+    # Whole numbers need no other dtype, and packed weights are made anew at every look.
+    weight = None if isinstance(linear, Int8Linear) else getattr(linear, "weight", None)
     if weight is None or not weight.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(weight.dtype)

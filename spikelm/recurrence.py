@@ -38,6 +38,8 @@ class Context:
             training steps.
         sinks: this call is the model's sink prefix, which softmax attention sees without causal mask and
             keeps in sight of all later tokens.
+        static: no size may depend on a value and nothing may be read on the host, because the call is being
+            captured into a graph; the caller sees to it that growing memory has room.
     """
 
     reset: Tensor | None = None
@@ -49,6 +51,7 @@ class Context:
     coding: Coding | None = None
     loads: dict[str, Tensor] | None = None
     sinks: bool = False
+    static: bool = False
 
     def at(self, t: int) -> Context:
         """The context of the single step at column ``t`` (reset and valid are the scan's business)."""

@@ -15,12 +15,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from spikelm.errors import ConfigError, ShapeError, nearest
+from spikelm.kernels.plan.builder import a_field
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Field, Fields, Register
+
+TABLE_HEAD = 2
+"""Floats in front of a table of sines in a decode plan, which hold the position it was made for."""
 
 # Frequencies and the factor on the features. Plain numbers: models are also built on the meta device.
 _Scaled = tuple[list[float], float]
@@ -70,6 +77,45 @@ class Rope:
         a, b = turned.to(compute).chunk(2, -1)
         y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
         return torch.cat([y, kept], -1) if kept.shape[-1] else y
+
+    def lower(
+        self,
+        plan: Builder,
+        q: Register,
+        k: Register,
+        features: int,
+        position: Field | Fields,
+        first: int = 0,
+        advance: bool = False,
+    ) -> None:
+        """Records that turn one token's query and key heads where they stand.
+
+        Args:
+            plan: what they are added to.
+            q: query heads.
+            k: key heads.
+            features: of a head, d.
+            position: int64 field of the state.
+            first: rotary position of the token at position 0.
+            advance: whether the position then counts this token.
+        """
+        pairs = len(self.frequencies)
+        frequency = torch.tensor(self.frequencies, dtype=torch.float64)
+        plan.record(
+            "rope",
+            q,
+            q.width // features,
+            k,
+            k.width // features,
+            features,
+            pairs,
+            plan.shared(("rope", self, first), TABLE_HEAD + 2 * pairs),
+            a_field(position),
+            first,
+            f=(self.magnitude,),
+            p=(plan.keep(frequency).data_ptr(),),
+            flags=int(advance),
+        )
 
 
 def resolve_rope(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from spikelm.errors import ConfigError
 from spikelm.kernels.encode import adaptive_encode
-from spikelm.kernels.int8_linear import integer_sums, scaled_sums
+from spikelm.kernels.int8_linear import scaled_sums
 from spikelm.neurons.adaptive import Adaptive
 from spikelm.projection import Projection
 from spikelm.recurrence import Context, Part, memory_dtype
@@ -108,7 +108,7 @@ class Row:
         if self.one_scale and projection.neuron.spiking and not spikes.requires_grad:
             # Added as integers and scaled once: events of a coding add up to the same sums.
             held = cast(Int8Linear, projection.linear)
-            return scaled_sums(self.ranks.total(integer_sums(spikes, held.weight)), held.scales)
+            return scaled_sums(self.ranks.total(held.integer_sums(spikes)), held.scales)
         y: Tensor = _Collect.apply(projection.multiply(spikes, ctx), self.ranks)  # type: ignore[no-untyped-call]
         return y
 

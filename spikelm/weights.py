@@ -3,6 +3,11 @@
 ``{"name": "float"}``: an ``nn.Linear`` without bias. ``{"name": "int8", "group_size": 128}``: an
 :class:`Int8Linear`, symmetric int8 with one float32 scale per output and group of inputs (``group_size:
 null``: one scale per output), for inference.
+
+On CPUs :func:`pack_model` lays int8 weights out for the C kernels, once, after a model is loaded:
+``out_in`` for dense reading, or ``in_out``, of which a token reads only the inputs that fired; the choice
+follows the share of counts that were silent when that was measured. Only the packed copy stays; ``weight``,
+``scales`` and ``state_dict`` make the original tensors from it.
 """
 
 from __future__ import annotations
@@ -14,18 +19,24 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from spikelm.errors import ConfigError, ShapeError, nearest
-from spikelm.kernels.int8_linear import LONGEST, dequantised, int8_linear
+from spikelm.errors import ConfigError, KernelError, ShapeError, nearest
+from spikelm.kernels.dispatch import choose
+from spikelm.kernels.int8_linear import LONGEST, dequantised, int8_linear, integer_sums
 from spikelm.kernels.int8_linear.eager import LARGEST
+from spikelm.kernels.int8_linear.packing import PackedInt8, int8_linear_packed, packed_bytes
+from spikelm.kernels.memory import Arena, aligned
 
 __all__ = [
     "CLIP_RATIOS",
+    "EVENT_DRIVEN_FROM",
     "FLOAT",
     "GROUP_SIZE",
     "LARGEST",
     "Int8Linear",
     "build_weights",
+    "choose_layout",
     "dequantise",
+    "pack_model",
     "quantise",
 ]
 
@@ -34,6 +45,8 @@ GROUP_SIZE = 128
 """Inputs that share a scale where a configuration does not say."""
 CLIP_RATIOS = tuple(round(1.0 - 0.02 * step, 2) for step in range(26))
 """Clipping ratios that the search tries, 1 down to 0.5."""
+EVENT_DRIVEN_FROM = 0.6
+"""Silent share of the counts from which reading only what fired is faster (benchmarks/int8_gemv.py)."""
 
 
 class Int8Linear(nn.Module):
@@ -45,17 +58,20 @@ class Int8Linear(nn.Module):
         group_size: inputs that share a scale, the last group may be shorter; None for one scale per output.
 
     Attributes:
-        weight: int8 [O, D], from -127 to 127; buffer.
-        scales: float32 [O, ceil(D / group_size)]; buffer, which stays float32 in lower precisions.
+        weight: int8 [O, D], from -127 to 127; buffer. Made anew at every look once the weights are packed.
+        scales: float32 [O, ceil(D / group_size)]; buffer, which stays float32 in lower precisions; likewise.
+        packed: the packed weights, None where they are not.
     """
 
     full_precision = ("scales",)
     weight: Tensor
     scales: Tensor
+    packed: PackedInt8 | None
 
     def __init__(self, in_features: int, out_features: int, group_size: int | None = GROUP_SIZE) -> None:
         """Zeros; the model's initialisation or a checkpoint fills them."""
         super().__init__()
+        self.packed = None
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
         groups = 1 if group_size is None else -(-in_features // group_size)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
@@ -72,12 +88,58 @@ class Int8Linear(nn.Module):
     def load_float(self, weight: Tensor, **options: Any) -> None:
         """Take over a float matrix [O, D]; options as :func:`quantise` has them."""
         values, scales = quantise(weight, self.group_size, **options)
+        self.unpack_()
         self.weight.copy_(values)
         self.scales.copy_(scales)
 
+    @property
+    def layout(self) -> str | None:
+        """``out_in`` or ``in_out`` where the weights are packed, else None."""
+        return None if self.packed is None else self.packed.layout
+
+    @torch.no_grad()
+    def pack_(self, layout: str = "out_in", arena: Arena | None = None) -> Self:
+        """Lay the weights out for the C kernels, in place of the tensors that hold them now.
+
+        Results keep their bits. Conversions, moves and loading act on the original tensors and pack again;
+        assigning ``weight`` or ``scales`` ends the packing.
+
+        Args:
+            layout: ``out_in`` (dense), or ``in_out`` (a row of counts reads only the inputs that fired).
+            arena: where the memory comes from; None for an allocation of its own.
+
+        Raises:
+            KernelError: an unknown layout, weights that are not on the CPU, or no C compiler.
+            ShapeError: scales that are not float32.
+        """
+        self.packed = PackedInt8(self.weight, self.scales, self.group_size, layout, arena)
+        self._buffers.clear()
+        return self
+
+    @torch.no_grad()
+    def unpack_(self) -> Self:
+        """Hold the weights as plain tensors again."""
+        if self.packed is not None:
+            weight, scales = self.packed.weight(), self.packed.scales()
+            self.packed = None
+            self.register_buffer("weight", weight)
+            self.register_buffer("scales", scales)
+        return self
+
     def forward(self, counts: Tensor) -> Tensor:
         """Exact product with whole numbers: counts [.., D], at most 127 -> float32 [.., O]."""
+        if self._uses_packed(counts) and not (torch.is_grad_enabled() and counts.requires_grad):
+            return int8_linear_packed(counts, cast(PackedInt8, self.packed))
         return int8_linear(counts, self.weight, self.scales, self.group_size)
+
+    def integer_sums(self, counts: Tensor) -> Tensor:
+        """Exact inner sums before any scale: counts [.., D] -> int32 [groups, .., O]."""
+        if self._uses_packed(counts):
+            return cast(PackedInt8, self.packed).integer_sums(counts)
+        return integer_sums(counts, self.weight, self.group_size)
+
+    def _uses_packed(self, counts: Tensor) -> bool:
+        return self.packed is not None and choose("int8_linear", counts.device) == "c"
 
     def weight_only(self, x: Tensor) -> Tensor:
         """Product of floating x [.., D] with the dequantised weights, in x's dtype; nothing is exact here."""
@@ -95,11 +157,93 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Moves and conversions; a lower precision leaves the scales in float32, as they are."""
+        layout = self.layout
+        self.unpack_()
         exact = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype not in (torch.float32, torch.float64):
             self.scales = exact.to(self.scales.device)
-        return self
+        return self._packed_again(layout)
+
+    def _packed_again(self, layout: str | None) -> Self:
+        """Pack as before, where C can use what the weights have become."""
+        usable = self.weight.device.type == "cpu" and self.scales.dtype == torch.float32
+        return self if layout is None or not usable else self.pack_(layout)
+
+    def __getattr__(self, name: str) -> Any:
+        """The original tensors of packed weights."""
+        packed = self.__dict__.get("packed")
+        if packed is not None and name == "weight":
+            return packed.weight()
+        if packed is not None and name == "scales":
+            return packed.scales()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A new weight is one of plain tensors."""
+        if name in ("weight", "scales"):
+            self.unpack_()
+        super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[f"{prefix}weight"] = self.packed.weight()
+            destination[f"{prefix}scales"] = self.packed.scales()
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        layout = self.layout
+        self.unpack_()
+        super()._load_from_state_dict(*args, **options)
+        self._packed_again(layout)
+
+
+def choose_layout(silent: float | None) -> str:
+    """The layout that is faster for one token at a time.
+
+    Args:
+        silent: share of the counts that are zero, as measured; None if it is not known.
+    """
+    return "in_out" if silent is not None and silent >= EVENT_DRIVEN_FROM else "out_in"
+
+
+def pack_model(model: nn.Module, firing: Mapping[str, float] | None = None) -> int:
+    """Pack every int8 matrix that counts are multiplied with, each in the layout that suits its input.
+
+    All share one allocation, in the order of the model. Matrices without a neuron in front stay as they are.
+
+    Args:
+        model: a model on the CPU.
+        firing: path of a projection -> silent share of its input counts; None for ``model.firing``, what its
+            checkpoint says. What is not listed is dense.
+
+    Returns:
+        Matrices that were packed.
+
+    Raises:
+        KernelError: an unknown path, weights that are not on the CPU, or C that cannot be compiled here.
+    """
+    silent = dict(getattr(model, "firing", {}) if firing is None else firing)
+    found: dict[str, Int8Linear] = {}
+    paths = set()
+    for path, module in model.named_modules():
+        linear, neuron = getattr(module, "linear", None), getattr(module, "neuron", None)
+        if neuron is not None:
+            paths.add(path)
+        if isinstance(linear, Int8Linear) and getattr(neuron, "spiking", False):
+            found[path] = linear
+    for path in silent:
+        if path not in paths:
+            raise KernelError(nearest("projection", path, sorted(paths)))
+    layouts = {path: choose_layout(silent.get(path)) for path in found}
+    size = sum(
+        aligned(packed_bytes(linear.out_features, linear.in_features, linear.group_size, layouts[path]))
+        for path, linear in found.items()
+    )
+    arena = Arena(size)
+    for path, linear in found.items():
+        linear.pack_(layouts[path], arena)
+    return len(found)
 
 
 def build_weights(spec: Mapping[str, Any], in_features: int, out_features: int) -> nn.Module:

@@ -7,9 +7,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+
+try:
+    import numpy as np
+except ImportError:  # a GPU machine may have torch and triton alone
+    np = None  # type: ignore[assignment]
 
 # More threads are slower on busy cores, and the sums of a matmul depend on how many there are.
 torch.set_num_threads(1)
@@ -36,7 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seeded() -> None:
     """The same random numbers in every run and in every order of tests."""
     random.seed(0)
-    np.random.seed(0)
+    if np is not None:
+        np.random.seed(0)
     torch.manual_seed(0)
 
 

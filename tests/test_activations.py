@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikelm.activations import logsigmoid, sigmoid, silu, softplus
+from spikelm.activations import logsigmoid, sigmoid, silu, softplus, squared_relu
 
 PAIRS = {
     "sigmoid": (sigmoid, torch.sigmoid),
@@ -42,3 +42,13 @@ def test_values_and_extremes(name: str) -> None:
     given = x.clone().requires_grad_()
     ours(given).sum().backward()
     assert given.grad is not None and given.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_squared_relu(dtype: torch.dtype) -> None:
+    x = torch.tensor([-3.0, -0.0, 0.0, 1.5, -1e30, torch.inf, torch.nan], dtype=dtype, requires_grad=True)
+    y = squared_relu(x)
+    expected = torch.relu(x).square()
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num()) and y[-1].isnan()
+    inside = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(squared_relu, inside)

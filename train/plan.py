@@ -30,7 +30,7 @@ H100_SHARE = 0.25
 """Assumed share of it; not measured."""
 
 HERE_SHARE = 0.5
-"""Assumed share of this machine's measured peak (benchmarks/train_step.py finds 0.5 to 0.6 for 46M)."""
+"""Assumed share of this machine's measured peak (`spikelm bench train` finds 0.5 to 0.6 for 46M)."""
 
 ADAM_BYTES = 16
 """Weights, gradients and two moments of a parameter in float32."""

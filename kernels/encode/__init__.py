@@ -1,7 +1,7 @@
 """Adaptive spike encoding: floating activations to integer counts and one threshold per row.
 
-Forms: reference.py (the equations), eager.py (plain torch), c.py and op.c (CPUs). Equations are written in
-reference.py. Source: SpikingBrain, https://arxiv.org/abs/2509.05276, section 3.3.
+Forms: reference.py (the equations), eager.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs). Equations
+are written in reference.py. Source: SpikingBrain, https://arxiv.org/abs/2509.05276, section 3.3.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import KernelError, ShapeError
-from spikelm.kernels.dispatch import choose
+from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.encode import autograd, eager, reference
 
 __all__ = ["LARGEST", "adaptive_encode", "adaptive_encode_int8", "decode_counts"]
@@ -21,12 +21,37 @@ __all__ = ["LARGEST", "adaptive_encode", "adaptive_encode_int8", "decode_counts"
 LARGEST = 127
 """Largest |count| that int8 holds (-128 is never used)."""
 
+
+def _triton(x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    from spikelm.kernels.encode import triton
+
+    found: tuple[Tensor, Tensor] = triton.adaptive_encode(x, k, dead_zone, cap, mean)
+    return found
+
+
+def _triton_int8(
+    x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from spikelm.kernels.encode import triton
+
+    found: tuple[Tensor, Tensor, Tensor] = triton.adaptive_encode_int8(x, k, dead_zone, cap, mean)
+    return found
+
+
+def _triton_decode(counts: Tensor, threshold: Tensor) -> Tensor:
+    from spikelm.kernels.encode import triton
+
+    found: Tensor = triton.decode_counts(counts, threshold)
+    return found
+
+
 _Form = Callable[[Tensor, float, float, int, Tensor | None], tuple[Tensor, Tensor]]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
     {
         "reference": reference.adaptive_encode,
         "torch": eager.adaptive_encode,
         "c": autograd.adaptive_encode,
+        "triton": _triton,
     }
 )
 _Int8Form = Callable[[Tensor, float, float, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
@@ -35,11 +60,17 @@ _INT8_FORMS: Mapping[str, _Int8Form] = MappingProxyType(
         "reference": reference.adaptive_encode_int8,
         "torch": reference.adaptive_encode_int8,
         "c": autograd.adaptive_encode_int8,
+        "triton": _triton_int8,
     }
 )
 _DecodeForm = Callable[[Tensor, Tensor], Tensor]
 _DECODE_FORMS: Mapping[str, _DecodeForm] = MappingProxyType(
-    {"reference": reference.decode_counts, "torch": reference.decode_counts, "c": autograd.decode_counts}
+    {
+        "reference": reference.decode_counts,
+        "torch": reference.decode_counts,
+        "c": autograd.decode_counts,
+        "triton": _triton_decode,
+    }
 )
 
 
@@ -69,9 +100,10 @@ def adaptive_encode(
         KernelError: a back-end that was asked for and is not available.
     """
     _check("adaptive_encode", x, mean)
-    dtype = _working_dtype(x)
-    form, given = _FORMS[choose("encode", x.device)], None if mean is None else mean.detach().to(dtype)
-    return form(x.to(dtype), k, dead_zone, cap, given)
+    name, dtype = _choose(x), _working_dtype(x)
+    given = None if mean is None else mean.detach().to(dtype)
+    # GPU kernels read half precision as it is.
+    return _FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
 
 
 def adaptive_encode_int8(
@@ -101,8 +133,9 @@ def adaptive_encode_int8(
     _check("adaptive_encode_int8", x, mean)
     if not 1 <= cap <= LARGEST:
         raise KernelError(f"adaptive_encode_int8 got cap {cap}; int8 counts need one from 1 to {LARGEST}")
-    form, dtype = _INT8_FORMS[choose("encode", x.device)], _working_dtype(x)
-    return form(x.detach().to(dtype), k, dead_zone, cap, None if mean is None else mean.detach().to(dtype))
+    name, dtype, x = _choose(x), _working_dtype(x), x.detach()
+    given = None if mean is None else mean.detach().to(dtype)
+    return _INT8_FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
 
 
 def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
@@ -134,6 +167,12 @@ def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
             f"{counts.device}, got {threshold.dtype} {list(threshold.shape)} on {threshold.device}"
         )
     return _DECODE_FORMS[choose("encode", counts.device)](counts, threshold)
+
+
+def _choose(x: Tensor) -> str:
+    name = choose("encode", x.device)
+    # GPU kernels compute in float32.
+    return "torch" if name == "triton" and x.dtype == torch.float64 and backend() == AUTO else name
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

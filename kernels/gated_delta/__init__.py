@@ -1,7 +1,7 @@
 """The gated delta rule: a decaying matrix memory that replaces what it knows about a key.
 
-Forms: reference.py (the equations), chunked.py (plain torch, matrix products within chunks). Equations and
-masks are written in reference.py. Sources: Yang et al. 2024 (Gated DeltaNet), https://arxiv.org/abs/2412.06464;
+Forms: reference.py (the equations), chunked.py (plain torch, matrix products within chunks), c.py and op.c
+(CPUs). Equations and masks are written in reference.py. Sources: Yang et al. 2024 (Gated DeltaNet), https://arxiv.org/abs/2412.06464;
 its parallel form, Yang et al. 2024, https://arxiv.org/abs/2406.06484. SpikingBrain 2.0,
 https://arxiv.org/abs/2604.22575, builds its linear layers on it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose
-from spikelm.kernels.gated_delta import chunked, reference
+from spikelm.kernels.gated_delta import autograd, chunked, reference
 from spikelm.kernels.masks import check_masks
 
 __all__ = ["gated_delta"]
@@ -27,7 +27,7 @@ _Form = Callable[
     tuple[Tensor, Tensor],
 ]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.gated_delta, "torch": chunked.gated_delta}
+    {"reference": reference.gated_delta, "torch": chunked.gated_delta, "c": autograd.gated_delta}
 )
 
 

@@ -1,7 +1,7 @@
 """Gated linear attention: a matrix state per head that decays by data-dependent gates.
 
-Forms: reference.py (the equations), chunked.py (plain torch). Equations and masks are written in
-reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
+Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations and masks are
+written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
 https://arxiv.org/abs/2509.05276.
 """
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ShapeError
-from spikelm.kernels.dispatch import choose
-from spikelm.kernels.gla import chunked, reference
+from spikelm.kernels.dispatch import AUTO, backend, choose
+from spikelm.kernels.gla import autograd, chunked, reference
 from spikelm.kernels.masks import check_masks
 
 __all__ = ["gla", "initial_state"]
@@ -25,7 +25,32 @@ _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor],
 ]
-_FORMS: Mapping[str, _Form] = MappingProxyType({"reference": reference.gla, "torch": chunked.gla})
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    scale: float,
+    reset: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from spikelm.kernels.gla import triton
+
+    return triton.gla(q, k, v, g, state, scale, reset, valid)
+
+
+def _fits_triton(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> bool:
+    from spikelm.kernels.gla import triton
+
+    return triton.check(q, k, v, g, state) is None
+
+
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla, "triton": _triton}
+)
 
 
 def initial_state(
@@ -78,7 +103,12 @@ def gla(
     """
     _check(q, k, v, g, state)
     check_masks(q, reset, valid)
-    form = _FORMS[choose("gla", q.device)]
+    name = choose("gla", q.device)
+    if name == "triton":
+        if backend() != AUTO or _fits_triton(q, k, v, g, state):
+            return _triton(q, k, v, g, state, scale, reset, valid)
+        name = "torch"
+    form = _FORMS[name]
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))
     dtype = torch.float64 if wide else torch.float32
     # Autocast would run the products in 16 bits, and a state is summed over the whole text.

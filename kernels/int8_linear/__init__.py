@@ -1,6 +1,8 @@
 """Integer spike counts times int8 weights: exact integer sums, scaled per output channel and group of inputs.
 
-Forms: reference.py (the equation, in integers), eager.py (plain torch). Both give the same bits.
+Forms: reference.py (the equation, in integers), eager.py (plain torch), c.py with op.c and step.h (CPUs),
+triton.py (GPUs). All give the same bits. packing.py lays weights out for the C form, densely or for
+event-driven reading.
 """
 
 from __future__ import annotations
@@ -13,23 +15,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikelm.errors import ShapeError
-from spikelm.kernels.dispatch import choose
-from spikelm.kernels.int8_linear import eager, reference
+from spikelm.errors import KernelError, ShapeError
+from spikelm.kernels.dispatch import backend, choose
+from spikelm.kernels.int8_linear import c, eager, reference
 
-__all__ = ["LONGEST", "dequantised", "int8_linear", "integer_sums", "scaled_sums"]
+__all__ = ["LONGEST", "dequantised", "in_out", "int8_linear", "integer_sums", "scaled_sums"]
 
 LONGEST = (2**31 - 1) // eager.LARGEST**2
 """Inputs of a group whose integer sum fits int32: 133143."""
 
 _Form = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def _triton(counts: Tensor, weight: Tensor, scales: Tensor, group: int) -> Tensor:
+    from spikelm.kernels.int8_linear import triton
+
+    y: Tensor = triton.product(counts, weight, scales, group, None, None)
+    return y
+
+
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.int8_linear, "torch": eager.int8_linear}
+    {"reference": reference.int8_linear, "torch": eager.int8_linear, "c": c.int8_linear, "triton": _triton}
 )
 
 
-def int8_linear(counts: Tensor, weight: Tensor, scales: Tensor, group: int | None = None) -> Tensor:
-    """y[o] = sum_j scales[o, j] * (sum over the inputs i of group j of counts[i] * weight[o, i]).
+def int8_linear(
+    counts: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    group: int | None = None,
+    *,
+    threshold: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y[o] = threshold * z + bias[o], z = sum_j scales[o, j] * (sum over i of counts[i] * weight[o, i]).
+
+    The inner sum runs over the inputs i of group j.
 
     The integer sums are exact and the groups are added in order, so that a row of counts gives the same bits
     alone and in any batch, in every form, with any number of threads, on any device.
@@ -37,24 +58,48 @@ def int8_linear(counts: Tensor, weight: Tensor, scales: Tensor, group: int | Non
     Args:
         counts: [.., D], whole numbers from -127 to 127, of an integer or floating dtype. Larger ones are
             refused on CPUs; CUDA devices cap them, because a look at the values would stop the queue.
-        weight: int8 [O, D], from -127 to 127.
+        weight: int8 [O, D], from -127 to 127. On GPUs a product of up to four tokens with :func:`in_out`
+            weights reads only the inputs that fired in one of them.
         scales: float32 (or float64) [O, ceil(D / group)].
         group: inputs that share a scale, the last group may be shorter; None for one scale per output.
+        threshold: [.., 1], what a count stands for; None for 1.
+        bias: [O], added last; None for 0.
 
     Returns:
-        y [.., O] in the dtype of ``scales``, also under autocast. Gradients reach ``counts`` (those of the
-        product with the dequantised weights), the weights have none.
+        y [.., O] in the dtype of ``scales``, also under autocast. Threshold and bias give the bits of
+        ``(y * threshold).to(y.dtype) + bias.to(y.dtype)``, in Triton in the same pass. Gradients reach
+        ``counts`` (those of the product with the dequantised weights) and ``threshold``, not the weights.
 
     Raises:
         ShapeError: shapes or dtypes that do not fit, or a count beyond 127.
-        KernelError: a back-end that was asked for and is not available.
+        KernelError: a back-end that was asked for and is not available, or Triton with float64 scales.
     """
     width = weight.shape[-1]
     size = width if group is None else group
     _check(counts, weight, scales, size)
-    form = _FORMS[choose("int8_linear", counts.device)]
-    y: Tensor = _Product.apply(counts, weight, scales, max(size, 1), form)  # type: ignore[no-untyped-call]
-    return y
+    _check_rest(counts, weight, threshold, bias)
+    name = choose("int8_linear", counts.device)
+    if name == "triton" and scales.dtype != torch.float32:
+        if backend() == "triton":
+            raise KernelError(
+                f"the Triton form of int8_linear has no {scales.dtype} scales; use auto or torch"
+            )
+        name = "torch"
+    if name != "c":
+        _check_range(counts)  # the C form sees it on its way
+    if name == "triton" and not _wants_gradient(counts, threshold, bias):
+        return _fused(counts, weight, scales, max(size, 1), threshold, bias)
+    y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        counts, weight, scales, max(size, 1), _FORMS[name]
+    )
+    if threshold is not None:
+        y = (y * threshold).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def in_out(weight: Tensor) -> Tensor:
+    """The same weights [O, D], in memory [D, O]: a row for each input."""
+    return weight.t().contiguous().t()
 
 
 @torch.no_grad()
@@ -65,8 +110,12 @@ def integer_sums(counts: Tensor, weight: Tensor, group: int | None = None) -> Te
     """
     width = weight.shape[1]
     size = max(width if group is None else group, 1)
-    with _plain(counts.device):
-        sums = eager.integer_sums(counts.reshape(-1, width), weight, size)
+    rows = counts.reshape(-1, width)
+    if choose("int8_linear", counts.device) == "c":
+        sums: Tensor = c.int8_sums(rows, weight, size)
+    else:
+        with _plain(counts.device):
+            sums = eager.integer_sums(rows, weight, size)
     return sums.reshape(sums.shape[0], *counts.shape[:-1], weight.shape[0])
 
 
@@ -114,6 +163,27 @@ class _Product(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None, None, None
 
 
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _fused(
+    counts: Tensor, weight: Tensor, scales: Tensor, group: int, threshold: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The Triton form with threshold and bias; a threshold that is not float32 is multiplied outside."""
+    from spikelm.kernels.int8_linear import triton
+
+    rows = counts.reshape(-1, counts.shape[-1])
+    inside = threshold is None or threshold.dtype == torch.float32
+    factor = threshold.reshape(-1) if threshold is not None and inside else None
+    y: Tensor = triton.product(rows, weight, scales, group, factor, bias if inside else None)
+    y = y.reshape(*counts.shape[:-1], weight.shape[0])
+    if threshold is not None and not inside:
+        y = (y * threshold).to(y.dtype)
+        y = y if bias is None else y + bias.to(y.dtype)
+    return y
+
+
 def _plain(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast, which would round what is exact."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -136,8 +206,15 @@ def _check(counts: Tensor, weight: Tensor, scales: Tensor, size: int) -> None:
             f"int8_linear needs scales [{outputs}, {groups}] of float32 or float64, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
+
+
+def _check_range(counts: Tensor) -> None:
     if counts.device.type == "cpu" and counts.numel() and bool((counts.abs() > eager.LARGEST).any()):
-        raise ShapeError(
-            f"int8_linear got a count of magnitude {float(counts.abs().max()):g}; expected at most 127: "
-            "cap the counts (the adaptive neuron does)"
-        )
+        raise ShapeError(c.too_large(counts))
+
+
+def _check_rest(counts: Tensor, weight: Tensor, threshold: Tensor | None, bias: Tensor | None) -> None:
+    if threshold is not None and threshold.shape != (*counts.shape[:-1], 1):
+        raise ShapeError(f"threshold is {list(threshold.shape)}; expected {[*counts.shape[:-1], 1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ShapeError(f"bias is {list(bias.shape)}; expected {list(weight.shape[:1])}")

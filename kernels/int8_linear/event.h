@@ -15,7 +15,7 @@
 #include "dot.h"
 
 #define INT8_TILE 128
-#define INT8_AHEAD 16 /* entries whose weights are fetched ahead */
+#define INT8_AHEAD 32 /* entries whose weights are fetched ahead */
 
 struct int8_segment {
     int32_t end;   /* entry behind the last */
@@ -32,55 +32,74 @@ struct int8_events {
 /* Most entries of a row: every count could need a partner of its own. */
 static inline int64_t int8_events_entries(int64_t inputs) { return 2 * inputs + INT8_AHEAD + 2; }
 
+#if defined(HAVE_AVX2)
+INLINE __m256i int8_event_load(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+#endif
+
+/* Bit i is set where counts[i] is not zero, for at most 64 counts. */
+INLINE uint64_t int8_fired(const int8_t *counts, int64_t n) {
+#if defined(HAVE_AVX2)
+    if (n == 64) {
+        const __m256i zero = _mm256_setzero_si256();
+        const __m256i low = _mm256_cmpeq_epi8(int8_event_load((const uint8_t *)counts), zero);
+        const __m256i high = _mm256_cmpeq_epi8(int8_event_load((const uint8_t *)counts + 32), zero);
+        return ~((uint64_t)(uint32_t)_mm256_movemask_epi8(high) << 32 | (uint32_t)_mm256_movemask_epi8(low));
+    }
+#endif
+    uint64_t fired = 0;
+    for (int64_t i = 0; i < n; i++) {
+        fired |= (uint64_t)(counts[i] != 0) << i;
+    }
+    return fired;
+}
+
+/* Close a segment at entry n; graded ones hold whole pairs. Returns the entry behind it. */
+INLINE int32_t int8_close(struct int8_events *events, int32_t n, int32_t group) {
+    if (!events->binary && (n & 1)) {
+        events->inputs[n] = events->inputs[n - 1];
+        events->counts[n++] = 0;
+    }
+    events->segment[events->segments++] = (struct int8_segment){n, group};
+    return n;
+}
+
 /* List the events of one row. */
 static inline void int8_list_events(int64_t inputs, int64_t group, const int8_t *counts, int binary,
-                               struct int8_events *events) {
-    int32_t n = 0, s = 0;
+                                    struct int8_events *events) {
+    int32_t n = 0;
     events->binary = binary;
+    events->segments = 0;
     for (int64_t first = 0, j = 0; first < inputs; first += group, j++) {
         const int64_t last = first + group < inputs ? first + group : inputs;
         const int32_t begin = n;
         int32_t start = n, positive = 0, negative = 0;
-        for (int64_t i = first; i < last; i++) {
-            const int32_t count = counts[i];
-            if (count == 0) {
-                continue;
-            }
-            const int full = binary ? n - start == 256
-                                    : positive + (count > 0 ? count : 0) > 128 ||
-                                          negative + (count < 0 ? -count : 0) > 128;
-            if (full) {
-                if (!binary && (n & 1)) {
-                    events->inputs[n] = events->inputs[n - 1];
-                    events->counts[n++] = 0;
+        for (int64_t i = first; i < last; i += 64) {
+            uint64_t fired = int8_fired(counts + i, last - i < 64 ? last - i : 64);
+            for (; fired; fired &= fired - 1) {
+                const int64_t at = i + __builtin_ctzll(fired);
+                const int32_t count = counts[at];
+                positive += count > 0 ? count : 0;
+                negative += count < 0 ? -count : 0;
+                if (binary ? n - start == 256 : (positive > 128) | (negative > 128)) {
+                    start = n = int8_close(events, n, -1);
+                    positive = count > 0 ? count : 0;
+                    negative = count < 0 ? -count : 0;
                 }
-                events->segment[s++] = (struct int8_segment){n, -1};
-                start = n;
-                positive = negative = 0;
+                events->inputs[n] = (int32_t)at;
+                events->counts[n++] = (int8_t)count;
             }
-            positive += count > 0 ? count : 0;
-            negative += count < 0 ? -count : 0;
-            events->inputs[n] = (int32_t)i;
-            events->counts[n++] = (int8_t)count;
         }
         if (n > begin) {
-            if (!binary && (n & 1)) {
-                events->inputs[n] = events->inputs[n - 1];
-                events->counts[n++] = 0;
-            }
-            events->segment[s++] = (struct int8_segment){n, (int32_t)j};
+            n = int8_close(events, n, (int32_t)j);
         }
     }
     events->entries = n;
-    events->segments = s;
     for (int32_t k = 0; k < INT8_AHEAD; k++) {
         events->inputs[n + k] = n ? events->inputs[k % n] + (int32_t)((1 + k / n) * inputs) : 0;
     }
 }
 
 #if defined(HAVE_AVX2)
-
-INLINE __m256i int8_event_load(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
 
 /* sums [16] += two vectors of 16 whole numbers of 16 bits in the order that unpacking gives: first holds outputs
  * 0-7 and 16-23, second 8-15 and 24-31 */

@@ -43,6 +43,12 @@ static inline int64_t packed_quads(const struct packed_int8 *w) {
     return w->groups ? (w->groups - 1) * packed_padded(w) / 4 + (tail + 3) / 4 : 0;
 }
 
+/* Outputs of the tile of IN_OUT that begins at an output. */
+static inline int64_t packed_tile_width(const struct packed_int8 *w, int64_t base) {
+    const int64_t left = packed_blocks(w) * INT8_BLOCK - base;
+    return left < INT8_TILE ? left : INT8_TILE;
+}
+
 static inline int64_t packed_width(const struct packed_int8 *w) { return w->groups * packed_padded(w); }
 
 /* Where the parts of scratch lie, for at most INT8_ROW_BLOCK rows. */
@@ -185,8 +191,7 @@ static inline void int8_dense_group(const struct packed_int8 *w, const struct in
         const int64_t now = quads - quad < INT8_PANEL ? quads - quad : INT8_PANEL;
         const int64_t from = first + 4 * quad, count = n - 4 * quad < 4 * now ? n - 4 * quad : 4 * now;
         if (w->layout == PACKED_IN_OUT) {
-            const int64_t tile = base / INT8_TILE * INT8_TILE, whole = packed_blocks(w) * INT8_BLOCK - tile;
-            const int64_t width = whole < INT8_TILE ? whole : INT8_TILE;
+            const int64_t tile = base / INT8_TILE * INT8_TILE, width = packed_tile_width(w, tile);
             const uint8_t *weights = (const uint8_t *)w->weights + tile * w->inputs + (base - tile);
             int8_panel_of_inputs(count, width, weights + from * width, s->panel);
         } else {
@@ -261,7 +266,7 @@ INLINE void int8_event_groups(const struct packed_int8 *w, int width, const stru
 static inline void int8_event_tile(const struct packed_int8 *w, const struct int8_scratch *s, int64_t r, int64_t base) {
     const uint8_t *tile = (const uint8_t *)w->weights + base * w->inputs;
     const int32_t *totals = s->totals + r * w->groups;
-    if (packed_blocks(w) * INT8_BLOCK - base >= INT8_TILE) {
+    if (packed_tile_width(w, base) == INT8_TILE) {
         int8_event_groups(w, INT8_TILE, s->events + r, totals, tile, w->scales + base, s->sums, s->y);
     } else {
         int8_event_groups(w, INT8_BLOCK, s->events + r, totals, tile, w->scales + base, s->sums, s->y);

@@ -1,7 +1,7 @@
 """Leaky integrate-and-fire over a sequence: one membrane per channel, one step per token.
 
-Forms: reference.py (the equations), scan.py (plain torch), c.py and op.c (CPUs). Equations and masks are
-written in reference.py. Source: Fang et al. 2021, https://arxiv.org/abs/2007.05785, equations 2-4.
+Forms: reference.py (the equations), scan.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs); decode.py
+is the step of rows that keep their membranes in a pool. Equations and masks are written in reference.py. Source: Fang et al. 2021, https://arxiv.org/abs/2007.05785, equations 2-4.
 """
 
 from __future__ import annotations
@@ -15,15 +15,27 @@ from torch import Tensor
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.lif import autograd, reference, scan
+from spikelm.kernels.lif.decode import lif_decode
 from spikelm.kernels.lif.neuron import Neuron
 from spikelm.kernels.lif.surrogates import Derivative, derivative
 from spikelm.kernels.masks import check_masks
 
-__all__ = ["lif"]
+__all__ = ["lif", "lif_decode"]
 
 _Form = Callable[[Tensor, Tensor, Tensor, Neuron, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _triton(
+    x: Tensor, v0: Tensor, rate: Tensor, neuron: Neuron, reset: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from spikelm.kernels.lif import triton
+
+    found: tuple[Tensor, Tensor] = triton.lif(x, v0, rate, neuron, reset, valid)
+    return found
+
+
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.lif, "torch": scan.lif, "c": autograd.lif}
+    {"reference": reference.lif, "torch": scan.lif, "c": autograd.lif, "triton": _triton}
 )
 
 
@@ -83,6 +95,10 @@ def lif(
     )
     derivative(surrogate)  # an unknown name is refused here, whatever the back-end
     form = "torch" if callable(surrogate) and backend() == AUTO else choose("lif", x.device)
+    if form == "triton" and x.dtype == torch.float64 and backend() == AUTO:
+        form = "torch"  # GPU kernels compute in float32
+    if form == "triton":
+        return _triton(x, v0, rate, neuron, reset, valid)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     spikes, last = _FORMS[form](x.to(dtype), v0.to(dtype), rate.to(dtype), neuron, reset, valid)
     return spikes.to(x.dtype), last

@@ -6,17 +6,24 @@ its first to its last record, so that the workspace of a model is about as wide 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spikelm.errors import PlanError
-from spikelm.kernels.plan.records import Limit, Record, ops
+from spikelm.kernels.int8_linear.c import describe
+from spikelm.kernels.plan.records import Limit, Record, library, ops
 
 FLOATS_PER_LINE = 16
+INT8_SPIKES, SOFT_RESET, DECAY_INPUT = 1, 2, 4
+"""Flags of neurons, as in steps_neurons.h."""
+SPIKES = 1
+"""Flag of a product: its inputs are whole numbers, as in steps_linear.h."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,7 @@ class Field:
     dtype: torch.dtype
 
 
+T = TypeVar("T")
 Fields: TypeAlias = "Mapping[str, Field | Fields]"
 """A part's state as it lies in the pool: the pytree of ``init_state`` with a field for every tensor."""
 
@@ -72,7 +80,17 @@ class Projected:
     path: str
     in_features: int
     out_features: int
-    weight_bytes: int
+
+
+@dataclass
+class Branch:
+    """Records that only some rows of the batch run.
+
+    Attributes:
+        output: register of their result, to be set inside the ``with`` block.
+    """
+
+    output: Register | None = None
 
 
 @dataclass
@@ -80,21 +98,36 @@ class Builder:
     """The records of a plan under construction.
 
     Attributes:
+        slots: the largest batch.
+        threads: that a record may use.
         projections: those that report statistics, in the order of their rows.
-        scratch: bytes that the hungriest record needs besides registers, per row of the batch.
+        scratch: bytes that the hungriest record needs besides registers.
         kept: everything whose address stands in a record.
+        refusals: what raises the error of every limit.
+        gathers: whether some records run on a part of the rows, which are gathered in a second workspace.
     """
 
+    slots: int = 1
+    threads: int = 1
     projections: list[Projected] = field(default_factory=list)
     scratch: int = 0
-    scratch_once: int = 0
     kept: list[Any] = field(default_factory=list)
     _drafts: list[_Draft] = field(default_factory=list)
+    refusals: list[Callable[[], None]] = field(default_factory=list)
+    gathers: bool = False
     _limits: list[tuple[Field, int]] = field(default_factory=list)
+    _shared: dict[Hashable, Register] = field(default_factory=dict)
 
     def register(self, width: int) -> Register:
         """A new register of ``width`` floats."""
         return Register(width)
+
+    def shared(self, key: Hashable, width: int) -> Register:
+        """The register of a key, the same for all parts that name it; nothing else ever stands in its place.
+
+        It is zero at first, and keeps its contents from token to token.
+        """
+        return self._shared.setdefault(key, Register(width))
 
     def bytes_register(self, size: int) -> Register:
         """A new register with room for ``size`` bytes."""
@@ -140,22 +173,70 @@ class Builder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def keep(self, thing: Any) -> Any:
+    def keep(self, thing: T) -> T:
         """Keep an object alive as long as the plan, and return it."""
         self.kept.append(thing)
         return thing
 
-    def limit(self, counter: Field, capacity: int) -> None:
-        """Refuse a token where the int64 ``counter`` of its slot is not below ``capacity``."""
+    def limit(self, counter: Field, capacity: int, refuse: Callable[[], None]) -> None:
+        """Refuse a token, before anything has changed, where a counter is not below a capacity.
+
+        Args:
+            counter: int64 field of the state.
+            capacity: its bound.
+            refuse: raises the error.
+        """
         self._limits.append((counter, capacity))
+        self.refusals.append(refuse)
 
-    def need_scratch(self, per_row: int = 0, once: int = 0) -> None:
-        """Reserve bytes for one record at a time, for every row and besides them."""
-        self.scratch, self.scratch_once = max(self.scratch, per_row), max(self.scratch_once, once)
+    @contextmanager
+    def chosen(
+        self, chosen: Register, top_k: int, choice: int, x: Register, found: Register
+    ) -> Iterator[Branch]:
+        """Records for the rows that chose something, one of several: what the block adds sees only those.
 
-    def statistics(self, path: str, in_features: int, out_features: int, weight_bytes: int) -> int:
+        Args:
+            chosen: ``top_k`` int32 per row.
+            top_k: choices of a row, all different.
+            choice: the one that runs these records.
+            x: their input; they may read no other register from outside.
+            found: ``top_k`` outputs; the j-th becomes the block's output where the j-th choice is this one.
+        """
+        self.gathers = True
+        draft = _Draft(ops()["expert"], 0, [], (), [])
+        self._drafts.append(draft)
+        first, branch = len(self._drafts), Branch()
+        yield branch
+        if branch.output is None:
+            raise PlanError("records of a choice need an output")
+        records = len(self._drafts) - first
+        draft.operands += [chosen, top_k, choice, x, x.width, branch.output, found, records]
+
+    def need_scratch(self, size: int) -> None:
+        """Reserve bytes that a record may use while it runs."""
+        self.scratch = max(self.scratch, size)
+
+    def int8_rows(self, weight: Tensor, scales: Tensor, group: int | None) -> int:
+        """Address of ``struct packed_int8`` for int8 weights [O, D] as torch holds them."""
+        if scales.dtype != torch.float32 or weight.device.type != "cpu":
+            raise PlanError(
+                f"decode plans need int8 weights with float32 scales on the CPU, got {scales.dtype}"
+            )
+        weight, scales = weight.contiguous(), scales.contiguous()
+        size = max(weight.shape[1] if group is None else group, 1)
+        finite = bool(scales.isfinite().all())
+        outputs, inputs = weight.shape
+        struct = describe(outputs, inputs, size, "rows", finite, weight.data_ptr(), scales.data_ptr())
+        self.kept += [weight, scales, struct]
+        return ctypes.addressof(struct)
+
+    def int8_scratch(self, weights: int) -> int:
+        """Bytes of scratch of a product with ``struct packed_int8`` at an address."""
+        return int(library().plan_int8_scratch(weights, self.slots, self.threads))
+
+    def statistics(self, path: str, in_features: int, out_features: int) -> int:
         """Row of the statistics that belongs to one projection."""
-        self.projections.append(Projected(path, in_features, out_features, weight_bytes))
+        self.projections.append(Projected(path, in_features, out_features))
         return len(self.projections) - 1
 
     def child(self, part: nn.Module, x: Register, state: Field | Fields) -> Register:
@@ -211,6 +292,18 @@ class Builder:
         self.record("unary", x, y, x.width, UNARY.index(function))
         return y
 
+    def relu(self, x: Register) -> Register:
+        """X where it is positive, else 0."""
+        y = self.register(x.width)
+        self.record("relu", x, y, x.width)
+        return y
+
+    def log_gate(self, x: Register, sign: float, divisor: float) -> Register:
+        """log sigmoid(sign * x) / divisor."""
+        y = self.register(x.width)
+        self.record("log_gate", x, y, x.width, f=(sign, divisor))
+        return y
+
     def relu_squared(self, x: Register) -> Register:
         """relu(x)^2."""
         y = self.register(x.width)
@@ -251,7 +344,7 @@ class Builder:
 
     def finish(self) -> tuple[Any, Any, int]:
         """Arrays of the records and of the limits, and the width of a row of the workspace in floats."""
-        places, width = _places(self._drafts)
+        places, width = _places(self._drafts, set(self._shared.values()))
         records = (Record * len(self._drafts))()
         for record, draft in zip(records, self._drafts, strict=True):
             record.op, record.flags = draft.op, draft.flags
@@ -271,6 +364,28 @@ class Builder:
 
 UNARY = ("exp", "sigmoid", "silu", "logsigmoid", "softplus")
 """Functions of the op ``unary``, in the order of the C enumeration."""
+
+
+_RECORDS_OF = (("step", "lower"), ("encode", "lower_spikes"), ("gate", "lower_gate"))
+"""Methods of parts, and those that write the same as records."""
+
+
+def check_overrides(part: nn.Module) -> None:
+    """Refuse a part whose class has another ``step`` than the one its inherited records were written for.
+
+    Raises:
+        PlanError: naming the part and both methods.
+    """
+    kinds = type(part).__mro__
+    for method, records in _RECORDS_OF:
+        place = next((i for i, kind in enumerate(kinds) if method in vars(kind)), len(kinds))
+        written = next((i for i, kind in enumerate(kinds) if records in vars(kind)), len(kinds))
+        # What has no records at all says so itself.
+        if place < written < len(kinds) and kinds[written].__name__ not in ("Part", "Neuron"):
+            raise PlanError(
+                f"{getattr(part, 'path', '') or 'a part'} ({type(part).__name__}) has its own {method}() and "
+                f"inherits {records}() from {kinds[written].__name__}; a decode plan needs its own of both"
+            )
 
 
 def a_field(value: Field | Fields) -> Field:
@@ -293,7 +408,7 @@ def _number(value: Operand, places: Mapping[Register, int]) -> int:
     return value.offset if isinstance(value, Field) else int(value)
 
 
-def _places(drafts: Sequence[_Draft]) -> tuple[dict[Register, int], int]:
+def _places(drafts: Sequence[_Draft], shared: set[Register]) -> tuple[dict[Register, int], int]:
     """Offset of every register, and the width of the workspace: a register is free after its last record."""
     last: dict[Register, int] = {}
     for index, draft in enumerate(drafts):
@@ -303,12 +418,17 @@ def _places(drafts: Sequence[_Draft]) -> tuple[dict[Register, int], int]:
     places: dict[Register, int] = {}
     busy: list[tuple[int, int, int]] = []  # start, end, last record; sorted by start
     width = FLOATS_PER_LINE
+    for value in sorted(shared & last.keys(), key=lambda register: last[register]):
+        size = _lines(value.width)
+        places[value] = width
+        busy.append((width, width + size, len(drafts)))
+        width += size
     for index, draft in enumerate(drafts):
         busy = [entry for entry in busy if entry[2] >= index]
         for value in draft.operands:
             if not isinstance(value, Register) or value in places:
                 continue
-            size = -(-max(value.width, 1) // FLOATS_PER_LINE) * FLOATS_PER_LINE
+            size = _lines(value.width)
             start = 0
             for first, end, _ in busy:
                 if first - start >= size:
@@ -319,3 +439,7 @@ def _places(drafts: Sequence[_Draft]) -> tuple[dict[Register, int], int]:
             width = max(width, start + size)
     # Rows a power of two apart would share the same places of the cache.
     return places, width + FLOATS_PER_LINE if width % 1024 == 0 else width
+
+
+def _lines(floats: int) -> int:
+    return -(-max(floats, 1) // FLOATS_PER_LINE) * FLOATS_PER_LINE

@@ -26,13 +26,13 @@ struct plan {
     int64_t records, width, state_bytes, slots, vocabulary, limits, outputs;
     const struct record *record;
     const struct limit *limit;
-    float *workspace;    /* [slots][width] */
+    float *workspace;    /* [slots][width], a second time where records run on gathered rows */
     uint8_t *pool;       /* [slots][state_bytes] */
     int64_t *statistics; /* [projections][STATISTICS] */
     void *scratch;       /* for one record at a time */
     int64_t *seen;       /* [slots], number of the step that used the slot last */
     int64_t step;
-    int64_t *rows;       /* [3][slots]: row of the caller's batch, slot, token of every active row */
+    int64_t *rows;       /* [5][slots]: row of the caller's batch, slot, token of every active row; gathered rows */
 };
 
 /* Columns of the statistics of a projection. */

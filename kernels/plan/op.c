@@ -3,9 +3,16 @@
  * No model and no architecture has code here: a record names a step, steps_*.h hold one function per step.
  */
 #include "machine.h"
+#include "steps_attention.h"
 #include "steps_basic.h"
+#include "steps_experts.h"
+#include "steps_heads.h"
+#include "steps_int8.h"
 #include "steps_linear.h"
+#include "steps_memory.h"
+#include "steps_neurons.h"
 #include "steps_rwkv.h"
+#include "steps_spiking.h"
 
 enum op {
 #define OP(name) OP_##name,
@@ -13,7 +20,23 @@ enum op {
 #undef OP
 };
 
-/* What is wrong with a call; the row it happened in is stored in rows[0]. */
+/* Records first to last - 1, one after the other. */
+static void run(const struct machine *m, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+        const struct record *r = m->plan->record + i;
+        switch (r->op) {
+#define OP(name)                                                                                               \
+    case OP_##name: step_##name(m, r); break;
+#include "ops.def"
+#undef OP
+        }
+        if (r->op == OP_expert) {
+            i += r->a[7]; /* it has run them, or nobody chose it */
+        }
+    }
+}
+
+/* What is wrong with a call; the row it happened in is stored in rows[0], and the full counter in rows[1]. */
 enum problem { FINE, BAD_TOKEN, BAD_SLOT, SLOT_TWICE, FULL };
 
 /* Finds the rows that take part; nothing is changed in the pool before all of them are known to be right. */
@@ -37,7 +60,10 @@ static int check(struct plan *plan, int64_t batch, const int64_t *tokens, const 
             for (int64_t i = 0; i < plan->limits; i++) {
                 int64_t used;
                 memcpy(&used, plan->pool + at * plan->state_bytes + plan->limit[i].field, sizeof used);
-                problem = used >= plan->limit[i].capacity ? FULL : problem;
+                if (used >= plan->limit[i].capacity) {
+                    problem = FULL;
+                    plan->rows[1] = i;
+                }
             }
         }
         if (problem != FINE) {
@@ -71,14 +97,6 @@ int plan_step(struct plan *plan, int64_t batch, const int64_t *tokens, const int
     if (machine.rows == 0) {
         return FINE;
     }
-    for (int64_t i = 0; i < plan->records; i++) {
-        const struct record *r = plan->record + i;
-        switch (r->op) {
-#define OP(name)                                                                                               \
-    case OP_##name: step_##name(&machine, r); break;
-#include "ops.def"
-#undef OP
-        }
-    }
+    run(&machine, 0, plan->records);
     return FINE;
 }

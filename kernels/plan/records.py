@@ -63,5 +63,7 @@ def library() -> CDLL:
     """
     found = load(FOLDER / "op.c")
     found.plan_step.argtypes = [POINTER(Plan), c_int64, c_void_p, c_void_p, c_void_p, c_int]
+    found.plan_int8_scratch.argtypes = [c_void_p, c_int64, c_int]
     found.plan_step.restype = c_int
+    found.plan_int8_scratch.restype = c_int64
     return found

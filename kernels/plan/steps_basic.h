@@ -70,13 +70,6 @@ STEP(scale) {
     }
 }
 
-INLINE void lerp_row(int64_t count, const float *start, const float *end, const float *weight, float *y) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) {
-        y[i] = lerp_of(start[i], end[i], weight[i]);
-    }
-}
-
 /* start, end, y, n; weight [n]: torch.lerp */
 STEP(lerp) {
     EACH_ROW {

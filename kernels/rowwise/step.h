@@ -36,7 +36,7 @@ INLINE float exponential(float x) {
 }
 
 /* exp(-|x|) */
-INLINE float exp_magnitude(float x) { return exp_nonpositive(x < 0 ? x : -x); }
+INLINE float exp_magnitude(float x) { return exp_nonpositive(-fabsf(x)); }
 
 INLINE float sigmoid_of(float x) {
     const float e = exp_magnitude(x);
@@ -69,6 +69,13 @@ INLINE float lerp_of(float start, float end, float weight) {
     return multiply_add(near ? weight : weight - 1.0f, end - start, near ? start : end);
 }
 
+INLINE void lerp_row(int64_t count, const float *start, const float *end, const float *weight, float *y) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        y[i] = lerp_of(start[i], end[i], weight[i]);
+    }
+}
+
 enum unary { UNARY_EXP, UNARY_SIGMOID, UNARY_SILU, UNARY_LOGSIGMOID, UNARY_SOFTPLUS };
 
 #define UNARY_LOOP(function)                                                                                   \
@@ -83,6 +90,23 @@ static inline void unary_row(int64_t function, int64_t count, const float *x, fl
     case UNARY_SILU: UNARY_LOOP(silu_of);
     case UNARY_LOGSIGMOID: UNARY_LOOP(logsigmoid_of);
     default: UNARY_LOOP(softplus_of);
+    }
+}
+
+/* exp(x - largest) / sum of these; y may be x. */
+static inline void softmax_row(int64_t count, const float *x, float *y) {
+    float largest = x[0];
+    for (int64_t i = 1; i < count; i++) {
+        largest = x[i] > largest ? x[i] : largest;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        y[i] = exp_nonpositive(x[i] - largest);
+    }
+    const float total = row_sum(count, y);
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        y[i] /= total;
     }
 }
 

@@ -1,7 +1,8 @@
 """The wkv recurrence of RWKV-4: an exponentially decayed, key-weighted mean of values per channel.
 
-Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations, masks and the
-scaled state are written in reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048;
+Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs); decode.py
+is the step of rows that keep their states in a pool. Equations, masks and the scaled state are written in
+reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048;
 used by SpikeGPT, https://arxiv.org/abs/2302.13939.
 """
 
@@ -14,18 +15,36 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ShapeError
-from spikelm.kernels.dispatch import choose
+from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.masks import check_masks
 from spikelm.kernels.wkv4 import autograd, chunked, reference
+from spikelm.kernels.wkv4.decode import wkv4_decode
 from spikelm.kernels.wkv4.reference import initial_state
 
-__all__ = ["initial_state", "wkv4"]
+__all__ = ["initial_state", "wkv4", "wkv4_decode"]
 
 _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
 ]
+
+
+def _triton(
+    decay: Tensor,
+    bonus: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from spikelm.kernels.wkv4 import triton
+
+    found: tuple[Tensor, Tensor] = triton.wkv4(decay, bonus, k, v, state, reset, valid)
+    return found
+
+
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.wkv4, "torch": chunked.wkv4, "c": autograd.wkv4}
+    {"reference": reference.wkv4, "torch": chunked.wkv4, "c": autograd.wkv4, "triton": _triton}
 )
 
 
@@ -63,10 +82,14 @@ def wkv4(
     """
     _check(w, u, k, v, state)
     check_masks(k, reset, valid)
-    form = _FORMS[choose("wkv4", k.device)]
+    name = choose("wkv4", k.device)
     dtype = torch.float64 if torch.float64 in (k.dtype, v.dtype) else torch.float32
     decay = -torch.exp(w.to(dtype))
-    y, last = form(decay, u.to(dtype), k.to(dtype), v.to(dtype), state.to(dtype), reset, valid)
+    if name == "triton" and dtype == torch.float64 and backend() == AUTO:
+        name = "torch"  # GPU kernels compute in float32
+    if name == "triton":
+        return _triton(decay, u, k, v, state, reset, valid)
+    y, last = _FORMS[name](decay, u.to(dtype), k.to(dtype), v.to(dtype), state.to(dtype), reset, valid)
     return y.to(v.dtype), last
 
 

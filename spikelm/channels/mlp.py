@@ -9,17 +9,21 @@ counting neurons and the continuous twin have a nonlinearity too; ``activation: 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from spikelm.activations import squared_relu
 from spikelm.build import Build
 from spikelm.errors import ConfigError, nearest
 from spikelm.norms import behind_spikes
 from spikelm.recurrence import Context, Part
 from spikelm.registry import channels
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 ACTIVATIONS = ("relu", "relu2", "none")
 
@@ -82,8 +86,17 @@ class MLP(Part):
         h, new["up"] = self.up(x, state["up"], ctx)
         h = self.up_norm(h)
         if self.activation != "none":
-            h = torch.relu(h)
-        if self.activation == "relu2":
-            h = h.square()
+            h = torch.relu(h) if self.activation == "relu" else squared_relu(h)
         y, new["down"] = self.down(h, state["down"], ctx)
         return y, new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        h = plan.child(self.up, x, state["up"])
+        if not isinstance(self.up_norm, nn.Identity):
+            h = plan.norm(self.up_norm, h)
+        if self.activation == "relu2":
+            h = plan.relu_squared(h)
+        elif self.activation == "relu":
+            h = plan.relu(h)
+        return plan.child(self.down, h, state["down"])

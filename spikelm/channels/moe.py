@@ -20,7 +20,7 @@ Deviations: none from the formulas; of equal scores the first expert wins.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,13 @@ from spikelm.channels.experts import Experts
 from spikelm.channels.routing import ROUTERS, Routing, balance_loss, route, z_loss
 from spikelm.channels.swiglu import hidden_width
 from spikelm.errors import ConfigError, nearest
+from spikelm.kernels.plan.builder import fields
 from spikelm.recurrence import Context, Part, memory_dtype
 from spikelm.registry import channels
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 @channels.register("moe")
@@ -173,6 +177,32 @@ class MoE(Part):
         new["shared"] = shared
         return y, new
 
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token: the router, the experts that a row chose, the shared ones."""
+        logits = plan.child(self.router, x, state["router"])
+        chosen, weights = plan.register(self.top_k), plan.register(self.top_k)
+        found = plan.register(self.top_k * self.hidden_size)
+        plan.record(
+            "route",
+            logits,
+            chosen,
+            weights,
+            plan.register(len(self.experts)),
+            len(self.experts),
+            self.top_k,
+            f=(self.scale,),
+            p=(self.expert_bias,),
+            flags=(self.kind == "softmax") | (self.normalise << 1),
+        )
+        for index, expert in enumerate(self.experts):
+            with plan.chosen(chosen, self.top_k, index, x, found) as own:
+                own.output = plan.child(expert, x, _no_fields(cast(Part, expert).init_state(1)))
+        y = plan.register(x.width)
+        plan.record("combine", found, weights, y, x.width, self.top_k)
+        for index, part in enumerate(self.shared):
+            y = plan.add(y, plan.child(part, x, fields(state["shared"])[str(index)]))
+        return y
+
     def _logits(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """The router's logits in its own precision, whatever the rest of the model computes in."""
         with torch.autocast(x.device.type, enabled=False):
@@ -220,3 +250,8 @@ def _per_token(x: Tensor, rows: Tensor | None, ctx: Context) -> Context:
             stream, position = stream[rows], position[rows]
         random = replace(random, stream=stream, position=position)
     return replace(ctx, reset=None, valid=None, random=random)
+
+
+def _no_fields(state: State) -> Fields:
+    """The state of a part without memory, as a plan sees it."""
+    return {name: _no_fields(value) for name, value in state.items() if isinstance(value, dict)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spikelm.activations import sigmoid
+from spikelm.activations import sigmoid, softmax
 from spikelm.recurrence import memory_dtype
 
 ROUTERS = ("softmax", "sigmoid")
@@ -50,7 +50,7 @@ def route(
         scale: factor of all weights.
     """
     logits = logits.to(memory_dtype(logits))
-    scores = logits.softmax(-1) if router == "softmax" else sigmoid(logits)
+    scores = softmax(logits) if router == "softmax" else sigmoid(logits)
     with torch.no_grad():
         wanted = scores if bias is None else scores + bias.to(scores.dtype)
         # A stable sort and not topk, which may break a tie otherwise in another batch.

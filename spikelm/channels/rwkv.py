@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from spikelm.activations import sigmoid
+from spikelm.activations import lerp, sigmoid, squared_relu
 from spikelm.build import Build
 from spikelm.errors import ConfigError
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
@@ -78,11 +78,9 @@ class RWKVChannel(Part):
 
     def _mix(self, x: Tensor, previous: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         new: State = {}
-        k, new["key"] = self.key(torch.lerp(previous, x, self.mix_k.to(x.dtype)), state["key"], ctx)
-        v, new["value"] = self.value(torch.relu(k).square(), state["value"], ctx)
-        r, new["receptance"] = self.receptance(
-            torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
-        )
+        k, new["key"] = self.key(lerp(previous, x, self.mix_k), state["key"], ctx)
+        v, new["value"] = self.value(squared_relu(k), state["value"], ctx)
+        r, new["receptance"] = self.receptance(lerp(previous, x, self.mix_r), state["receptance"], ctx)
         return sigmoid(r) * v, new
 
     def lower(self, plan: Builder, x: Register, state: Fields) -> Register:

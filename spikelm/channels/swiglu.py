@@ -7,7 +7,7 @@ State: the input neurons' states under "gate", "up", "down". Deviations: none.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from spikelm.errors import ConfigError
 from spikelm.recurrence import Context, Part
 from spikelm.registry import channels
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -71,6 +74,12 @@ class SwiGLU(Part):
         up, new["up"] = self.up(x, state["up"], ctx)
         y, new["down"] = self.down(silu(gate) * up, state["down"], ctx)
         return y, new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        gate = plan.child(self.gate, x, state["gate"])
+        up = plan.child(self.up, x, state["up"])
+        return plan.child(self.down, plan.swish(gate, up), state["down"])
 
 
 def hidden_width(what: str, features: int, hidden: int | None, expand: float, multiple_of: int) -> int:

@@ -73,6 +73,10 @@ COMMANDS: dict[str, Command] = {
         target="spikelm.cli.plan:plan",
         summary="Tell what recipes cost: parameters, tokens, FLOPs, hours, disk.",
     ),
+    "bench": Command(
+        target="spikelm.cli.bench:app",
+        summary="Time kernels, decoding and training beside this machine's limits and peers.",
+    ),
     "doctor": Command(
         target="spikelm.cli.doctor:doctor",
         summary="Check this machine: what works, what does not, how to mend it.",

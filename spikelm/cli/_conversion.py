@@ -137,6 +137,7 @@ def measured(work: Work, request: Request) -> tuple[dict[str, Any], Plan, SpikeL
     meter = CountMeter()
     after = work.held_out.measure(model, meter).to_dict()
     rows = projection_rows(work.model, model, chosen, meter)
+    model.firing = {path: row["silent"] for path, row in rows.items() if "silent" in row}
     report = {
         "source": str(work.checkpoint),
         "request": dataclasses.asdict(request),

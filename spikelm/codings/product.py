@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spikelm.codings.base import Coding, needed_limit
 from spikelm.errors import CodingError
-from spikelm.kernels.int8_linear import integer_sums, scaled_sums
+from spikelm.kernels.int8_linear import scaled_sums
 from spikelm.recurrence import memory_dtype
 from spikelm.weights import Int8Linear
 
@@ -54,6 +54,6 @@ def expanded_product(linear: nn.Module, counts: Tensor, coding: Coding) -> Tenso
 def _int8(linear: Int8Linear, counts: Tensor, coding: Coding) -> Tensor:
     total: Tensor | None = None
     for events, weight in coding.planes(counts, needed_limit(counts)):
-        sums = integer_sums(events, linear.weight, linear.group_size).to(torch.int64) * weight
+        sums = linear.integer_sums(events).to(torch.int64) * weight
         total = sums if total is None else total + sums
     return scaled_sums(cast(Tensor, total).to(torch.int32), linear.scales)

@@ -34,7 +34,7 @@ gate on the output, into its linear layers, and adds what is not here:
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,14 @@ from torch import Tensor, nn
 from spikelm.activations import sigmoid, silu, softplus
 from spikelm.build import Build
 from spikelm.kernels.gated_delta import gated_delta
+from spikelm.kernels.plan.builder import a_field
 from spikelm.mixers.gla import GatedLinearAttention
 from spikelm.recurrence import Context, memory_dtype, positions
 from spikelm.registry import mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 LARGEST_A = 16.0
 """A lies between 0 and this at the start."""
@@ -141,6 +145,45 @@ class GatedDelta(GatedLinearAttention):
         if last is not None:
             new["position"] = last
         return self._finish(x, o, state, new, ctx)
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        q, k, v, g = self._lowered_heads(plan, x, state)
+        groups, size = k.width // self.head_dim, self.head_dim
+        beta = plan.unary("sigmoid", plan.child(self.beta, x, state["beta"]))
+        if self.strongest != 1.0:
+            beta = plan.scale(beta, self.strongest)
+        unit = {}
+        for name, heads in (("q", q), ("k", k)):
+            unit[name] = plan.register(heads.width)
+            plan.record("unit", heads, unit[name], size, heads.width // size, f=(EPSILON,))
+        o = plan.register(q.width)
+        plan.record(
+            "gated_delta",
+            unit["q"],
+            unit["k"],
+            v,
+            g,
+            beta,
+            o,
+            q.width // size,
+            groups,
+            size,
+            size,
+            a_field(state["memory"]),
+            f=(size**-0.5,),
+        )
+        return self._lowered_finish(plan, x, o, state)
+
+    def lower_gate(self, plan: Builder, x: Register, raw_key: Register, state: Fields) -> Register:
+        """-A softplus(W_a x + b)."""
+        y = plan.child(self.decay, x, state["decay"])
+        g = plan.register(y.width)
+        plan.record("rate_gate", y, g, y.width, p=(-torch.exp(self.A_log.float()), self.dt_bias.float()))
+        return g
+
+    def _lowered_activation(self, plan: Builder, y: Register) -> Register:
+        return y if self.convolved else plan.unary("silu", y)
 
     def _inputs(
         self, x: Tensor, position: Tensor | None, state: State, ctx: Context

@@ -26,7 +26,7 @@ mathematics in a seventh of the memory (1.75 MiB -> 256 KiB per layer and sequen
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,17 @@ from torch.nn import functional as F
 from spikelm.activations import logsigmoid, sigmoid, silu
 from spikelm.build import Build
 from spikelm.convolution import ShortConvolution
-from spikelm.errors import ConfigError, nearest
+from spikelm.errors import ConfigError, PlanError, nearest
 from spikelm.heads import resolve_heads
 from spikelm.kernels.gla import gla
+from spikelm.kernels.plan.builder import a_field
 from spikelm.recurrence import Context, Part, memory_dtype, positions
 from spikelm.registry import mixers
 from spikelm.rope import resolve_rope
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 FEATURE_MAPS = ("relu", "sigmoid", "identity", "none")
 """``none`` is another name of ``identity``."""
@@ -177,6 +181,74 @@ class GatedLinearAttention(Part):
             new["position"] = last
         return self._finish(x, o, state, new, ctx)
 
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        q, k, v, g = self._lowered_heads(plan, x, state)
+        groups, size = k.width // self.head_dim, self.head_dim
+        o = plan.register(q.width)
+        plan.record(
+            "gla",
+            q,
+            k,
+            v,
+            g,
+            o,
+            q.width // size,
+            groups,
+            size,
+            size,
+            a_field(state["memory"]),
+            f=(size**-0.5,),
+        )
+        return self._lowered_finish(plan, x, o, state)
+
+    def _lowered_heads(
+        self, plan: Builder, x: Register, state: Fields
+    ) -> tuple[Register, Register, Register, Register]:
+        """Queries, keys, values and log gates of one token."""
+        found = []
+        for name in INPUTS:
+            y = plan.child(getattr(self, name), x, state[name])
+            if self.convolved:
+                key = f"{name}_convolution"
+                y = plan.child(getattr(self, key), y, state[key])
+            found.append(self._lowered_activation(plan, y))
+        q, k, v = found
+        if self.query_norm is not None and self.key_norm is not None:
+            q = plan.norm(self.query_norm, q, q.width // self.head_dim)
+            k = plan.norm(self.key_norm, k, k.width // self.head_dim)
+        g = self.lower_gate(plan, x, k, state)
+        q, k = self._lowered_map(plan, q), self._lowered_map(plan, k)
+        if self.rope is not None:
+            self.rope.lower(plan, q, k, self.head_dim, state["position"], advance=True)
+        return q, k, v, g
+
+    def lower_gate(self, plan: Builder, x: Register, raw_key: Register, state: Fields) -> Register:
+        """Records of :meth:`gate`.
+
+        Args:
+            plan: what they are added to.
+            x: input of the mixer.
+            raw_key: keys before the feature map.
+            state: of the mixer.
+        """
+        raise PlanError(f"{self.path or type(self).__name__} has a gate() without a lower_gate()")
+
+    def _lowered_activation(self, plan: Builder, y: Register) -> Register:
+        return y
+
+    def _lowered_map(self, plan: Builder, x: Register) -> Register:
+        if self.feature_map == "relu":
+            return plan.relu(x)
+        return plan.unary("sigmoid", x) if self.feature_map == "sigmoid" else x
+
+    def _lowered_finish(self, plan: Builder, x: Register, o: Register, state: Fields) -> Register:
+        if self.output_norm is not None:
+            o = plan.norm(self.output_norm, o, o.width // self.head_dim)
+        if self.output_gate is not None:
+            o = plan.swish(plan.child(self.output_gate, x, state["output_gate"]), o)
+        return plan.child(self.output, o, state["output"])
+
     def _heads(
         self, x: Tensor, position: Tensor | None, state: State, ctx: Context
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, State]:
@@ -264,6 +336,12 @@ class GLA(GatedLinearAttention):
         log_alpha = logsigmoid(y.to(memory_dtype(y))) / self.gate_divisor
         return log_alpha.unflatten(-1, (-1, self.head_dim)), new
 
+    def lower_gate(self, plan: Builder, x: Register, raw_key: Register, state: Fields) -> Register:
+        """Log sigmoid(W_2 W_1 x) / divisor."""
+        if self.gate_low is not None:
+            x = plan.child(self.gate_low, x, state["gate_low"])
+        return plan.log_gate(plan.child(self.gate_high, x, state["gate_high"]), 1.0, self.gate_divisor)
+
 
 @mixers.register("gla_tied")
 class TiedGLA(GatedLinearAttention):
@@ -279,6 +357,10 @@ class TiedGLA(GatedLinearAttention):
     def gate(self, x: Tensor, raw_key: Tensor, state: State, ctx: Context) -> tuple[Tensor | None, State]:
         """Log (1 - sigmoid(z)) = log sigmoid(-z), exact for any z."""
         return logsigmoid(-raw_key.to(memory_dtype(raw_key))), {}
+
+    def lower_gate(self, plan: Builder, x: Register, raw_key: Register, state: Fields) -> Register:
+        """Log sigmoid(-z)."""
+        return plan.log_gate(raw_key, -1.0, 1.0)
 
 
 def _normalised(norm: nn.Module | None, x: Tensor) -> Tensor:

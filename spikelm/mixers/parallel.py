@@ -12,7 +12,7 @@ norm nor the shape of the weights: RMSNorm and scalars are our reading.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from spikelm.errors import ConfigError
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.registry import mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 @mixers.register("parallel")
@@ -81,3 +84,13 @@ class Parallel(Part):
             y = norm(y.to(norm.weight.dtype)).to(y.dtype) * self.weight[index].to(y.dtype)
             total = y if total is None else total + y
         return cast(Tensor, total), new
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token."""
+        total: Register | None = None
+        for index, name in enumerate(self.names):
+            y = plan.child(self.get_submodule(name), x, state[name])
+            y = plan.norm(self.get_submodule(f"norm{index}"), y)
+            y = plan.scale(y, float(self.weight[index]))
+            total = y if total is None else plan.add(total, y)
+        return cast("Register", total)

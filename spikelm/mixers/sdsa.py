@@ -16,8 +16,8 @@ State and options: see that module; the memory is [B, H, 1, head_dim], one sum p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -28,6 +28,9 @@ from spikelm.mixers.spiking_attention import NEURON, SpikingAttention
 from spikelm.recurrence import Context
 from spikelm.registry import mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 GAINS = {1: 16.0, 2: 4.0}
 """Initial gain of the neuron on the sum where the configuration names none.
@@ -81,3 +84,14 @@ class SDSA(SpikingAttention):
     ) -> tuple[Tensor, State]:
         mask, state = fire(self.attention_neuron, o.flatten(-2), state, ctx)
         return mask * spikes[0 if self.version == 1 else 1].flatten(-2), state
+
+    def _lowered_operands(
+        self, plan: Builder, spikes: Sequence[Register]
+    ) -> tuple[Register | None, Register | None, Register]:
+        return None, None, plan.multiply(spikes[1], spikes[2]) if self.version == 1 else spikes[0]
+
+    def _lowered_finish(
+        self, plan: Builder, o: Register, spikes: Sequence[Register], state: Fields
+    ) -> Register:
+        mask = super()._lowered_finish(plan, o, spikes, state)
+        return plan.multiply(mask, spikes[0 if self.version == 1 else 1])

@@ -17,7 +17,8 @@ A part of a model with sinks must see them first (``ctx.sinks``), as the model's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +28,13 @@ from spikelm.attend import attend, attend_all, attend_one
 from spikelm.build import Build
 from spikelm.errors import ShapeError
 from spikelm.heads import resolve_heads
+from spikelm.kernels.plan.builder import a_field
 from spikelm.recurrence import Context, Part, compacted, initial_like, positions, zero_invalid
 from spikelm.rope import resolve_rope
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 PROJECTIONS = ("query", "key", "value", "output_gate", "output")
 
@@ -126,13 +131,14 @@ class SoftmaxMixer(Part):
             return y[:, 0], state
         position = cast(Tensor, state["position"])
         keys, values = cast(Tensor, state["keys"]), cast(Tensor, state["values"])
-        self.check_room(position + 1, keys.shape[1])
+        if not ctx.static:
+            self.check_room(position + 1, keys.shape[1])
         q, k, v, new = self._heads(x, position + self.sinks, state, ctx)
         slot = (position % keys.shape[1])[:, None, None, None].expand(-1, 1, *k.shape[1:])
         new["keys"] = keys = keys.scatter(1, slot, k[:, None].to(keys.dtype))
         new["values"] = values = values.scatter(1, slot, v[:, None].to(values.dtype))
         new["position"] = position + 1
-        filled = min(int(position.max()) + 1, keys.shape[1])
+        filled = keys.shape[1] if ctx.static else min(int(position.max()) + 1, keys.shape[1])
         keys, values = keys[:, :filled], values[:, :filled]
         visible = torch.arange(filled, device=x.device) <= position[:, None]
         if self.sinks:
@@ -219,6 +225,39 @@ class SoftmaxMixer(Part):
             o = o * sigmoid(gate)
         y, new["output"] = self.output(o, cast(State, state["output"]), ctx)
         return y, {name: new.get(name, value) for name, value in state.items()}
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token; the sinks are in the state already."""
+        q, k, v = (plan.child(getattr(self, name), x, state[name]) for name in ("query", "key", "value"))
+        heads, groups = q.width // self.head_dim, k.width // self.head_dim
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = plan.norm(self.query_norm, q, heads), plan.norm(self.key_norm, k, groups)
+        if self.rope is not None:
+            self.rope.lower(plan, q, k, self.head_dim, state["position"], self.sinks)
+        keys, values, position = (a_field(state[name]) for name in ("keys", "values", "position"))
+        if self.grows:
+            room = keys.shape[0]
+            plan.limit(position, room, partial(self.check_room, torch.tensor([room + 1]), room))
+        pinned = [a_field(state[f"sink_{name}"]) if self.sinks else -1 for name in ("keys", "values")]
+        shape = torch.tensor([heads, groups, self.head_dim, keys.shape[0], self.sinks], dtype=torch.int64)
+        o = plan.register(q.width)
+        plan.record(
+            "attend",
+            q,
+            k,
+            v,
+            o,
+            plan.register(2 * heads),
+            keys,
+            values,
+            position,
+            *pinned,
+            f=(self.head_dim**-0.5,),
+            p=(plan.keep(shape).data_ptr(),),
+        )
+        if self.output_gate is not None:
+            o = plan.gate(plan.child(self.output_gate, x, state["output_gate"]), o)
+        return plan.child(self.output, o, state["output"])
 
     def _pinned(self, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if not self.sinks:

@@ -24,21 +24,26 @@ keep theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from spikelm.activations import lerp
 from spikelm.block import fire
 from spikelm.build import Build
-from spikelm.errors import ConfigError
+from spikelm.errors import ConfigError, PlanError
 from spikelm.heads import resolve_heads
 from spikelm.kernels.gla import gla
+from spikelm.kernels.plan.builder import a_field
 from spikelm.neurons.base import Neuron, build_neuron
 from spikelm.norms import behind_spikes
 from spikelm.recurrence import Context, Part, memory_dtype, token_shift
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 NEURON: Mapping[str, Any] = {"name": "plif", "tau": 2.0, "threshold": 0.5, "detach_reset": True}
 """Neuron behind query, key and value unless the configuration names one."""
@@ -239,6 +244,55 @@ class SpikingAttention(Part):
             count = over_documents(one, one, one, ctx)[..., 0] if self.mean else None
         return self._output(o, count, spikes, state, new, ctx)
 
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token.
+
+        Raises:
+            PlanError: not causal.
+        """
+        if not self.causal:
+            raise PlanError(f"{self.path or type(self).__name__} is not causal: it has no step for one token")
+        mixed = [x] * len(self.inputs)
+        if self.token_shift:
+            mixed = plan.shift(x, state["shift"], [getattr(self, f"mix_{name}") for name in self.inputs])
+        spikes = []
+        for name, own in zip(self.inputs, mixed, strict=True):
+            y = plan.child(self.get_submodule(name), own, state[name])
+            norm = self.get_submodule(f"{name}_norm")
+            if not isinstance(norm, nn.Identity):
+                y = plan.norm(norm, y)
+            spikes.append(plan.child(self.get_submodule(f"{name}_neuron"), y, state[f"{name}_neuron"]))
+        q, k, v = self._lowered_operands(plan, spikes)
+        log_decay = self.log_decay(torch.zeros(()))
+        o = plan.register(v.width)
+        plan.record(
+            "spiking",
+            -1 if q is None else q,
+            -1 if k is None else k,
+            v,
+            o,
+            self.num_heads,
+            self._key_dim(),
+            self.head_dim,
+            a_field(state["memory"]),
+            a_field(state["count"]) if self.mean else -1,
+            f=(self.scale,),
+            p=(None if log_decay is None else torch.exp(log_decay),),
+        )
+        return plan.child(self.output, self._lowered_finish(plan, o, spikes, state), state["output"])
+
+    def _lowered_operands(
+        self, plan: Builder, spikes: Sequence[Register]
+    ) -> tuple[Register | None, Register | None, Register]:
+        """Records of :meth:`_operands`; queries and keys that are one everywhere are None."""
+        raise PlanError(f"{self.path or type(self).__name__} has no form in a decode plan")
+
+    def _lowered_finish(
+        self, plan: Builder, o: Register, spikes: Sequence[Register], state: Fields
+    ) -> Register:
+        """Records of :meth:`_finish`."""
+        return plan.child(self.attention_neuron, o, state["attention_neuron"])
+
     def _spikes(
         self, x: Tensor, previous: Tensor, state: State, new: State, ctx: Context
     ) -> tuple[Tensor, ...]:
@@ -247,7 +301,7 @@ class SpikingAttention(Part):
         for name in self.inputs:
             mixed = x
             if self.token_shift:
-                mixed = torch.lerp(previous, x, cast(Tensor, getattr(self, f"mix_{name}")).to(x.dtype))
+                mixed = lerp(previous, x, cast(Tensor, getattr(self, f"mix_{name}")))
             y, new[name] = self.get_submodule(name)(mixed, state[name], ctx)
             y = self.get_submodule(f"{name}_norm")(y)
             key = f"{name}_neuron"

@@ -18,6 +18,9 @@ where the paper repeats an image over four time steps. SDSA-3 and SDSA-4 of Spik
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from spikelm.block import fire
@@ -25,6 +28,9 @@ from spikelm.mixers.spiking_attention import SpikingAttention
 from spikelm.recurrence import Context
 from spikelm.registry import mixers
 from spikelm.state import State
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Register
 
 
 @mixers.register("ssa")
@@ -42,3 +48,9 @@ class SSA(SpikingAttention):
         self, o: Tensor, spikes: tuple[Tensor, ...], state: State, ctx: Context
     ) -> tuple[Tensor, State]:
         return fire(self.attention_neuron, o.flatten(-2), state, ctx)
+
+    def _lowered_operands(
+        self, plan: Builder, spikes: Sequence[Register]
+    ) -> tuple[Register | None, Register | None, Register]:
+        q, k, v = spikes
+        return q, k, v

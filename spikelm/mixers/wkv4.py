@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from spikelm.activations import sigmoid
+from spikelm.activations import lerp, sigmoid
 from spikelm.build import Build
 from spikelm.kernels.plan.builder import a_field
 from spikelm.kernels.wkv4 import wkv4
@@ -118,11 +118,9 @@ class WKV4(Part):
         self, x: Tensor, previous: Tensor, state: State, ctx: Context
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         new: State = {}
-        k, new["key"] = self.key(torch.lerp(previous, x, self.mix_k.to(x.dtype)), state["key"], ctx)
-        v, new["value"] = self.value(torch.lerp(previous, x, self.mix_v.to(x.dtype)), state["value"], ctx)
-        r, new["receptance"] = self.receptance(
-            torch.lerp(previous, x, self.mix_r.to(x.dtype)), state["receptance"], ctx
-        )
+        k, new["key"] = self.key(lerp(previous, x, self.mix_k), state["key"], ctx)
+        v, new["value"] = self.value(lerp(previous, x, self.mix_v), state["value"], ctx)
+        r, new["receptance"] = self.receptance(lerp(previous, x, self.mix_r), state["receptance"], ctx)
         return k, v, r, new
 
     def lower(self, plan: Builder, x: Register, state: Fields) -> Register:

@@ -12,18 +12,22 @@ State: none. Deviation from the report: V has a tiny floor (1e-8) instead of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from spikelm.errors import ConfigError
+from spikelm.errors import ConfigError, PlanError
 from spikelm.kernels.encode import adaptive_encode
-from spikelm.neurons.base import Neuron
+from spikelm.kernels.plan.builder import INT8_SPIKES
+from spikelm.neurons.base import LoweredSpikes, Neuron
 from spikelm.recurrence import Context, memory_dtype, zero_invalid
 from spikelm.registry import neurons
 from spikelm.state import State
 from spikelm.surrogate import spike
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 UNLIMITED = 2**24
 """Cap that stands for none: beyond it float32 counts would not be whole numbers in steps of one."""
@@ -90,6 +94,33 @@ class Adaptive(Neuron):
     def sequence(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """The step on all tokens at once: there is no state."""
         return self.step(x, state, ctx)
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token: n V."""
+        spikes = self.lower_spikes(plan, x, state)
+        assert spikes.values is not None and spikes.scale is not None
+        y = plan.register(self.features)
+        plan.record("scale_row", spikes.values, spikes.scale, y, self.features)
+        return y
+
+    def lower_spikes(self, plan: Builder, x: Register, state: Fields, integer: bool = False) -> LoweredSpikes:
+        """One token: counts and their threshold."""
+        if self.whole_mean is not None:
+            raise PlanError(f"{self.path} belongs to a tensor-parallel shard; decode plans run whole models")
+        if integer and self.cap is None:
+            raise PlanError(f"{self.path} has no cap, so its counts need not fit int8; give it a cap of 127")
+        cap = UNLIMITED if self.cap is None else self.cap
+        counts = plan.bytes_register(self.features) if integer else plan.register(self.features)
+        threshold = plan.register(1)
+        plan.record(
+            "encode",
+            *(x, counts, threshold, self.features),
+            f=(self.k, self.dead_zone, cap),
+            flags=INT8_SPIKES if integer else 0,
+        )
+        if integer:
+            return LoweredSpikes(counts=counts, scale=threshold)
+        return LoweredSpikes(values=counts, scale=threshold)
 
     def clipped(self, x: Tensor, spikes: Tensor, scale: Tensor | None) -> Tensor | None:
         """Where |round(x / V)| exceeds the cap; a count that just reaches it is not cut off."""

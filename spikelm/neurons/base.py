@@ -183,7 +183,11 @@ class Gain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [.., D] times the gain, in x's memory dtype."""
         dtype = memory_dtype(x)
-        return x.to(dtype) * self.log_gain.to(dtype).exp()
+        return x.to(dtype) * self.factor(dtype)
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """The gain, [D]."""
+        return self.log_gain.to(dtype).exp()
 
 
 def build_part(kind: str, cls: type[Any], options: Mapping[str, Any], *args: Any) -> Any:

@@ -7,15 +7,20 @@ State: none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from spikelm.neurons.base import Gain, Neuron
+from spikelm.kernels.plan.builder import INT8_SPIKES
+from spikelm.neurons.base import Gain, LoweredSpikes, Neuron
 from spikelm.recurrence import Context, memory_dtype, zero_invalid
 from spikelm.registry import neurons
 from spikelm.state import State
 from spikelm.surrogate import check_surrogate, spike
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 @neurons.register("heaviside")
@@ -58,3 +63,18 @@ class Heaviside(Neuron):
         """The step on all tokens at once: there is no state."""
         y, state = self.step(x, state, ctx)
         return zero_invalid(y, ctx), state
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token, spikes in float32."""
+        return self._lower(plan, x, plan.register(self.features), 0)
+
+    def lower_spikes(self, plan: Builder, x: Register, state: Fields, integer: bool = False) -> LoweredSpikes:
+        """One token."""
+        if not integer:
+            return LoweredSpikes(values=self.lower(plan, x, state))
+        return LoweredSpikes(counts=self._lower(plan, x, plan.bytes_register(self.features), INT8_SPIKES))
+
+    def _lower(self, plan: Builder, x: Register, spikes: Register, flags: int) -> Register:
+        gain = None if self.gain is None else self.gain.factor(torch.float32)
+        plan.record("heaviside", x, spikes, self.features, f=(self.threshold,), p=(gain,), flags=flags)
+        return spikes

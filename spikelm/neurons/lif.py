@@ -17,18 +17,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spikelm.errors import ConfigError
 from spikelm.kernels.lif import lif
-from spikelm.neurons.base import Gain, Neuron
+from spikelm.kernels.plan.builder import DECAY_INPUT, INT8_SPIKES, SOFT_RESET, a_field
+from spikelm.neurons.base import Gain, LoweredSpikes, Neuron
 from spikelm.recurrence import Context, memory_dtype
 from spikelm.registry import neurons
 from spikelm.state import State
 from spikelm.surrogate import check_surrogate, spike
+
+if TYPE_CHECKING:
+    from spikelm.kernels.plan.builder import Builder, Fields, Register
 
 
 class IntegrateAndFire(Neuron):
@@ -126,6 +130,31 @@ class IntegrateAndFire(Neuron):
             valid=ctx.valid,
         )
         return s, {"membrane": v}
+
+    def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
+        """One token, spikes in float32."""
+        return self._lower(plan, x, state, plan.register(self.features), 0)
+
+    def lower_spikes(self, plan: Builder, x: Register, state: Fields, integer: bool = False) -> LoweredSpikes:
+        """One token."""
+        if not integer:
+            return LoweredSpikes(values=self.lower(plan, x, state))
+        return LoweredSpikes(
+            counts=self._lower(plan, x, state, plan.bytes_register(self.features), INT8_SPIKES)
+        )
+
+    def _lower(self, plan: Builder, x: Register, state: Fields, spikes: Register, flags: int) -> Register:
+        like = torch.zeros(())
+        gain = None if self.gain is None else self.gain.factor(like.dtype)
+        flags |= (SOFT_RESET if self.soft_reset else 0) | (DECAY_INPUT if self.decay_input else 0)
+        plan.record(
+            "lif",
+            *(x, a_field(state["membrane"]), spikes, self.features),
+            f=(self.threshold, self.v_reset),
+            p=(self.leak(like), gain),
+            flags=flags,
+        )
+        return spikes
 
 
 def _check_tau(tau: float) -> float:

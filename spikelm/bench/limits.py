@@ -1,13 +1,18 @@
-"""The machine's limit for matrix products, measured on the spot."""
+"""The machine's limits, measured on the spot: matrix products, reading from memory, copying."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from spikelm.kernels.compile import load
 
 Shape = tuple[int, int]
 """(in_features, out_features) of a weight matrix."""
@@ -67,3 +72,44 @@ def own_shapes_peak(shapes: Counter[Shape], tokens: int, dtype: torch.dtype, dev
 
 def _products(x: Tensor, w: Tensor, g: Tensor) -> Iterable[Callable[[], Tensor]]:
     return (lambda: torch.mm(x, w.t()), lambda: torch.mm(g, w), lambda: torch.mm(g.t(), x))
+
+
+def read_bandwidth(num_bytes: int, huge_pages: bool = True, seconds: float = 1.5) -> float:
+    """Bytes per second that one thread reads, the best of many passes over the same ``num_bytes``.
+
+    What a decoder that reads its weights once for every token cannot exceed; memory that fits into a cache
+    is faster than memory that does not, so ask for as many bytes as the decoder reads.
+
+    Args:
+        num_bytes: size of the memory.
+        huge_pages: whether pages of 2 MiB are asked for.
+        seconds: how long to measure.
+
+    Raises:
+        KernelError: there is no C compiler.
+    """
+    library = load(Path(__file__).with_name("read.c"))
+    library.read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.read_bytes.restype = ctypes.c_int64
+    size = -(-num_bytes // _HUGE) * _HUGE
+    with mmap.mmap(-1, size + _HUGE) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+        view = ctypes.c_char.from_buffer(memory)
+        start = -(-ctypes.addressof(view) // _HUGE) * _HUGE
+        ctypes.memset(start, 1, size)
+        best = best_seconds(lambda: library.read_bytes(start, size), torch.device("cpu"), seconds, least=5)
+        del view
+    return size / best
+
+
+def copy_bandwidth(num_bytes: int = 1 << 28, device: torch.device | None = None) -> float:
+    """Bytes per second of a copy of ``num_bytes``, read and written ones counted."""
+    device = torch.device("cpu") if device is None else device
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / best_seconds(lambda: target.copy_(source), device)
+
+
+_HUGE = 1 << 21
+"""Bytes of a huge page."""

@@ -1,15 +1,15 @@
 """Run SpikeGPT's own code on a CPU, in its own environment, without changing a file of it.
 
-The benchmark starts this file with the peer's Python (``--peer-python``) on a checkout of ridgerchu/SpikeGPT
-that lies outside this project (``--repo``). Three things of the checkout cannot work without CUDA and are
-replaced in memory before its model is built: the just-in-time CUDA extension (not built), its WKV function (a
+``spikelm bench train`` starts this file with the peer's Python on a checkout of ridgerchu/SpikeGPT that lies
+outside this project (``--repo``). Three things of the checkout cannot work without CUDA and are replaced in
+memory before its model is built: the just-in-time CUDA extension (not built), its WKV function (a
 loop over the recurrence in plain torch, differentiated by autograd) and the back-end of its LIF neurons (its
 own ``torch`` one instead of CuPy). Everything else, forward, backward and optimiser step, is theirs.
 
 Modes: ``time`` prints step times as JSON; ``record`` writes a golden file for tests/formats::
 
     python3 -m venv elsewhere/venv && elsewhere/venv/bin/pip install torch==2.13.0 numpy safetensors
-    elsewhere/venv/bin/python benchmarks/_peer_spikegpt.py record --repo CHECKOUT \
+    elsewhere/venv/bin/python spikelm/bench/peers/spikegpt_code.py record --repo CHECKOUT \
         --output tests/golden/spikegpt_random.safetensors
 """
 
@@ -138,7 +138,7 @@ def record(args: argparse.Namespace) -> None:
     fixture = {f"weight.{name}": value.contiguous() for name, value in model.state_dict().items()}
     fixture |= {"tokens": tokens, "logits": kept[0].contiguous()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    note = {"made_by": "benchmarks/_peer_spikegpt.py record", "torch": torch.__version__}
+    note = {"made_by": "spikelm/bench/peers/spikegpt_code.py record", "torch": torch.__version__}
     save_file(fixture, args.output, metadata=note)
     print(f"{args.output}: {args.output.stat().st_size} bytes; firing rates {[round(s, 2) for s in spikes]}")
 

@@ -1,6 +1,6 @@
-"""SpikingJelly's LIF node, torch back-end, timed in its own environment; run by kernels_cpu.py.
+"""SpikingJelly's LIF node, torch back-end, timed in its own environment; run by ``spikelm bench kernels``.
 
-Usage: python _peer_spikingjelly.py STEPS CHANNELS REPEATS. Prints one JSON line. The
+Usage: python spikingjelly_node.py STEPS CHANNELS REPEATS. Prints one JSON line. The
 environment needs torch, spikingjelly and loguru only.
 """
 

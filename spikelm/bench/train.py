@@ -1,36 +1,28 @@
 """How much of this machine's matrix speed does a training step reach, and how do peers do beside it?
 
-One run measures, in turn: the GEMM peak (2048^3, and the model's own shapes), a training step of SpikeGPT-46M
-at T = 512 in float32 and bfloat16, a Hugging Face Llama with the same matrices on the same tokens with the
-same optimiser step, and SpikeGPT's own code (see _peer_spikegpt.py) at B = 4, T = 256 in float32 beside ours.
-A step is forward, backward, clipping and AdamW (SpikeGPT's code: its own Adam). FLOPs are 6 x (weights of all
-linear layers, head included) x tokens; what the recurrence, the neurons and attention compute is not counted,
-so their time lowers the share.
-
-Goals: share of the peak >= 50% in both precisions; >= 2.5 times SpikeGPT's own code.
-
-    python benchmarks/train_step.py --peer-repo /elsewhere/SpikeGPT --peer-python /elsewhere/venv/bin/python
+One run measures, in turn: the GEMM peak (2048^3, and the model's own shapes), a training step of a model in
+float32 and bfloat16, a Hugging Face Llama with the same matrices on the same tokens with the same optimiser
+step, and SpikeGPT's own code (see peers/spikegpt_code.py) at B = 4, T = 256 in float32 beside ours. A step is
+forward, backward, clipping and AdamW (SpikeGPT's code: its own Adam). FLOPs are 6 x (weights of all linear
+layers, head included) x tokens; what the recurrence, the neurons and attention compute is not counted, so
+their time lowers the share.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _gemm import matmul_parameters, matrices, own_shapes_peak, square_peak, wait
-from _record import record
 from torch import Tensor, nn
 
+from spikelm.bench.limits import matmul_parameters, matrices, own_shapes_peak, square_peak, wait
+from spikelm.bench.peer import run
 from spikelm.config import ModelConfig
+from spikelm.errors import ConfigError
 from spikelm.loss import next_token_loss
 from spikelm.model import SpikeLM
 from spikelm.randomness import CounterRandom
@@ -39,11 +31,11 @@ from spikelm.train.config import OptimConfig
 from spikelm.train.optim import build_optimizers, optimizer_step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEER = Path(__file__).with_name("_peer_spikegpt.py")
 Step = Callable[[], None]
 
 
 def tokens_of(vocab: int, batch: int, length: int, device: torch.device) -> Tensor:
+    """Random token ids [batch, length + 1]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocab, (batch, length + 1), generator=generator).to(device)
 
@@ -76,7 +68,7 @@ def llama(config: ModelConfig) -> nn.Module:
 
     D = config.hidden_size
     return LlamaForCausalLM(
-        LlamaConfig(
+        LlamaConfig(  # type: ignore[call-arg]
             vocab_size=config.vocab_size,
             hidden_size=D,
             intermediate_size=3 * D,
@@ -93,14 +85,16 @@ def llama(config: ModelConfig) -> nn.Module:
 def llama_step(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Step:
     """The same optimiser, clipping and precision around the peer's own forward pass."""
     parameters = list(model.named_parameters())
-    matrix = [p for _, p in parameters if p.dim() > 1]
-    other = [p for _, p in parameters if p.dim() <= 1]
     defaults = OptimConfig()
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in parameters if p.dim() > 1], "weight_decay": defaults.weight_decay},
+        {"params": [p for _, p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": matrix, "weight_decay": defaults.weight_decay}, {"params": other, "weight_decay": 0.0}],
+        groups,
         lr=defaults.lr,
-        betas=defaults.betas,
-        eps=defaults.eps,
+        betas=defaults.betas or (0.9, 0.95),
+        eps=defaults.eps or 1e-8,
         fused=True,
     )
     model.train()
@@ -117,7 +111,7 @@ def llama_step(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Step:
 
 def _check(applied: bool) -> None:
     if not applied:
-        raise SystemExit("a gradient was not finite: the timing would mean nothing")
+        raise ConfigError("a gradient was not finite: the timing would mean nothing")
 
 
 def interleaved(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -135,29 +129,50 @@ def interleaved(steps: dict[str, Step], rounds: int, device: torch.device) -> di
     return seconds
 
 
-def against_the_peak(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Peaks, our step and Llama's in one precision."""
-    config = ModelConfig.from_yaml(args.model)
+def against_the_peak(
+    preset: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch: int = 2,
+    length: int = 512,
+    rounds: int = 3,
+    with_llama: bool = True,
+) -> dict[str, Any]:
+    """Peaks, our step, our twin's and Llama's in one precision.
+
+    Args:
+        preset: model preset or YAML file.
+        dtype: float32 or bfloat16 (autocast).
+        device: where to run.
+        batch: sequences of a step.
+        length: tokens of a sequence.
+        rounds: timed steps of each candidate.
+        with_llama: whether the Llama is measured too.
+    """
+    config = ModelConfig.from_yaml(preset)
     torch.manual_seed(0)
     models: dict[str, nn.Module] = {"spikelm": SpikeLM(config), "spikelm_twin": SpikeLM(config.twin())}
-    if not args.without_llama:
+    if with_llama:
         models["llama"] = llama(config)
     models = {name: model.to(device) for name, model in models.items()}
-    tokens = tokens_of(config.vocab_size, args.batch, args.length, device)
-    count = args.batch * args.length
+    tokens = tokens_of(config.vocab_size, batch, length, device)
+    count = batch * length
     shapes = {name: matrices(model) for name, model in models.items()}
     peak = square_peak(dtype, device)
     own = own_shapes_peak(shapes["spikelm"], count, dtype, device)
     steps = {
-        name: llama_step(model, tokens, dtype) if name == "llama" else spikelm_step(model, tokens, dtype)
+        name: spikelm_step(model, tokens, dtype)
+        if isinstance(model, SpikeLM)
+        else llama_step(model, tokens, dtype)
         for name, model in models.items()
     }
-    seconds = interleaved(steps, args.rounds, device)
+    seconds = interleaved(steps, rounds, device)
     # The peak is measured before and after; the larger one is the limit the shares are taken of.
     peak = max(peak, square_peak(dtype, device))
     result: dict[str, Any] = {
-        "batch": args.batch,
-        "length": args.length,
+        "batch": batch,
+        "length": length,
         "gemm_2048_gflops": peak / 1e9,
         "gemm_own_shapes_gflops": own / 1e9,
     }
@@ -178,26 +193,34 @@ def against_the_peak(args: argparse.Namespace, dtype: torch.dtype, device: torch
     return result
 
 
-def against_spikegpt(args: argparse.Namespace) -> dict[str, Any]:
-    """Our step and SpikeGPT's own at B = 4, T = 256, float32, same sizes; ours before and after theirs."""
-    config = ModelConfig.from_yaml(args.model)
+def against_spikegpt(preset: str, repo: Path, python: Path, rounds: int = 3) -> dict[str, Any]:
+    """Our step and SpikeGPT's own at B = 4, T = 256, float32, same sizes; ours before and after theirs.
+
+    Args:
+        preset: model preset or YAML file.
+        repo: checkout of ridgerchu/SpikeGPT outside this project.
+        python: interpreter of its environment.
+        rounds: timed steps of each.
+    """
+    config = ModelConfig.from_yaml(preset)
     batch, length = 4, 256
     torch.manual_seed(0)
     device = torch.device("cpu")
     step = spikelm_step(SpikeLM(config), tokens_of(config.vocab_size, batch, length, device), torch.float32)
-    ours = interleaved({"spikelm": step}, args.rounds, device)["spikelm"]
-    command = [
-        *(str(args.peer_python), str(PEER), "time", "--repo", str(args.peer_repo)),
-        *("--layers", str(config.num_hidden_layers), "--hidden", str(config.hidden_size)),
-        *("--vocab", str(config.vocab_size), "--batch", str(batch), "--length", str(length)),
-        *("--threads", str(torch.get_num_threads()), "--steps", str(args.rounds)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"SpikeGPT's code failed:\n{done.stderr[-2000:]}")
-    peer = json.loads(done.stdout.strip().splitlines()[-1])
-    ours += interleaved({"spikelm": step}, args.rounds, device)["spikelm"]
+    ours = interleaved({"spikelm": step}, rounds, device)["spikelm"]
+    arguments = {
+        "--repo": repo,
+        "--layers": config.num_hidden_layers,
+        "--hidden": config.hidden_size,
+        "--vocab": config.vocab_size,
+        "--batch": batch,
+        "--length": length,
+        "--threads": torch.get_num_threads(),
+        "--steps": rounds,
+    }
+    words = [word for pair in arguments.items() for word in pair]
+    peer = run(python, "spikegpt_code", ["time", *words], torch.get_num_threads())
+    ours += interleaved({"spikelm": step}, rounds, device)["spikelm"]
     theirs = statistics.median(peer["seconds"])
     return {
         "batch": batch,
@@ -214,61 +237,30 @@ def against_spikegpt(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show(figures: dict[str, Any]) -> None:
-    """The result as a table of plain lines."""
+def lines(figures: dict[str, Any]) -> list[str]:
+    """The result in plain lines."""
+    found = []
     for name in DTYPES:
         if name not in figures:
             continue
         part = figures[name]
-        print(
+        found.append(
             f"{name}, B{part['batch']} T{part['length']}: "
             f"GEMM 2048^3 {part['gemm_2048_gflops']:.0f} GFLOP/s, "
             f"own shapes {part['gemm_own_shapes_gflops']:.0f}"
         )
-        for model in ("spikelm", "spikelm_twin", "llama"):
-            if model in part:
-                row = part[model]
-                print(
-                    f"  {model:<13} {row['step_seconds']:.3f} s/step, "
-                    f"{row['tokens_per_second']:.0f} tokens/s, {row['share_of_gemm_peak']:.1%} of the peak, "
-                    f"{row['share_of_own_shapes']:.1%} of own shapes"
-                )
+        found += [
+            f"  {model:<13} {part[model]['step_seconds']:.3f} s/step, "
+            f"{part[model]['tokens_per_second']:.0f} tokens/s, "
+            f"{part[model]['share_of_gemm_peak']:.1%} of the peak, "
+            f"{part[model]['share_of_own_shapes']:.1%} of own shapes"
+            for model in ("spikelm", "spikelm_twin", "llama")
+            if model in part
+        ]
     if "spikegpt" in figures:
         part = figures["spikegpt"]
-        print(
+        found.append(
             f"B{part['batch']} T{part['length']} float32: ours {part['spikelm_step_seconds']:.3f} s/step, "
             f"SpikeGPT's code {part['spikegpt_step_seconds']:.3f}: {part['times_faster']:.2f} times faster"
         )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="spikegpt-46m", help="preset or YAML file")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each candidate")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--without-llama", action="store_true")
-    parser.add_argument("--peer-repo", type=Path, help="checkout of ridgerchu/SpikeGPT outside this project")
-    parser.add_argument(
-        "--peer-python", type=Path, default=Path(sys.executable), help="Python of its environment"
-    )
-    parser.add_argument("--name", default="train_step", help="name of the file under results/")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    figures: dict[str, Any] = {"model": args.model}
-    for name in args.dtypes:
-        figures[name] = against_the_peak(args, DTYPES[name], device)
-    if args.peer_repo is not None:
-        figures["spikegpt"] = against_spikegpt(args)
-    show(figures)
-    print(f"written to {record(args.name, figures)}")
-
-
-if __name__ == "__main__":
-    main()
+    return found

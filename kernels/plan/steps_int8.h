@@ -1,0 +1,90 @@
+/* Products of int8 counts with int8 weights: exact sums, see int8_linear/step.h. */
+#include "../int8_linear/step.h"
+#include "machine.h"
+
+/* Adds a call of a projection to its row of the statistics. */
+static void tally_counts(const struct machine *m, const struct record *r, const struct packed_int8 *w) {
+    int64_t *statistics = m->plan->statistics + r->a[3] * STATISTICS;
+    int64_t events = 0;
+    statistics[CALLS] += m->rows;
+    EACH_ROW {
+        const int8_t *counts = (const int8_t *)reg(m, row, r->a[0]);
+        int32_t silent = 0, magnitude = 0; /* below 2^31: a row has at most 2^24 inputs */
+#pragma omp simd reduction(+ : silent, magnitude)
+        for (int64_t i = 0; i < w->inputs; i++) {
+            silent += counts[i] == 0;
+            magnitude += counts[i] < 0 ? -counts[i] : counts[i];
+        }
+        statistics[SILENT] += silent;
+        statistics[MAGNITUDE] += magnitude;
+        events += w->inputs - silent;
+    }
+    /* The event-driven form reads a row's own weights, the dense one reads all of them once. */
+    statistics[BYTES] += w->outputs * (w->layout == PACKED_IN_OUT ? events : w->inputs);
+}
+
+/* Bytes of scratch of one record. */
+int64_t plan_int8_scratch(const struct packed_int8 *w, int64_t rows, int threads) {
+    return (rows * (int64_t)sizeof(float) + 63) / 64 * 64 + threads * packed_scratch_bytes(w, rows);
+}
+
+/* counts, y, threshold (a register of one float, or -1), statistics; packed_int8, bias or null */
+STEP(linear_int8) {
+    const struct packed_int8 *w = r->p[0];
+    const float *bias = r->p[1];
+    const int64_t stride = m->plan->width, each = packed_scratch_bytes(w, m->rows);
+    float *thresholds = m->plan->scratch;
+    if (r->a[2] >= 0) {
+        EACH_ROW { thresholds[row] = *reg(m, row, r->a[2]); }
+    }
+    uint8_t *scratch = (uint8_t *)m->plan->scratch + (m->rows * (int64_t)sizeof(float) + 63) / 64 * 64;
+    tally_counts(m, r, w);
+#pragma omp parallel for schedule(static, 1) num_threads(m->threads) if (m->threads > 1)
+    for (int thread = 0; thread < m->threads; thread++) {
+        int64_t first, last;
+        packed_share(w, thread, m->threads, &first, &last);
+        packed_rows(w, (const int8_t *)reg(m, 0, r->a[0]), m->rows, stride * (int64_t)sizeof(float),
+                    r->a[2] < 0 ? NULL : thresholds, bias, reg(m, 0, r->a[1]), stride, scratch + thread * each, first,
+                    last);
+    }
+}
+
+/* x, y, statistics; packed_int8 in PACKED_ROWS, bias or null: float inputs, y = scales * (x W) + bias group by
+ * group. Nothing is exact here, but a row has the same bits in any batch. */
+STEP(linear_int8_float) {
+    const struct packed_int8 *w = r->p[0];
+    const float *bias = r->p[1];
+    int64_t *statistics = m->plan->statistics + r->a[2] * STATISTICS;
+    statistics[CALLS] += m->rows;
+    statistics[BYTES] += w->outputs * w->inputs;
+    EACH_ROW {
+        const float *x = reg(m, row, r->a[0]);
+        for (int64_t i = 0; i < w->inputs; i++) {
+            statistics[SILENT] += x[i] == 0;
+        }
+    }
+#pragma omp parallel for schedule(static) num_threads(m->threads) if (m->threads > 1)
+    for (int64_t output = 0; output < w->outputs; output++) {
+        EACH_ROW {
+            const float *x = reg(m, row, r->a[0]);
+            float y = 0;
+            for (int64_t j = 0; j < w->groups; j++) {
+                const int64_t first = j * w->group, left = w->inputs - first, n = left < w->group ? left : w->group;
+                const int8_t *weights = w->weights + output * w->inputs + first;
+                float lane[16] = {0};
+                int64_t i = 0;
+                for (; i + 16 <= n; i += 16) {
+#pragma omp simd
+                    for (int l = 0; l < 16; l++) {
+                        lane[l] = multiply_add((float)weights[i + l], x[first + i + l], lane[l]);
+                    }
+                }
+                for (int l = 0; i + l < n; l++) {
+                    lane[l] = multiply_add((float)weights[i + l], x[first + i + l], lane[l]);
+                }
+                y += w->scales[output * w->groups + j] * sum8(load8(lane) + load8(lane + 8));
+            }
+            reg(m, row, r->a[1])[output] = bias ? y + bias[output] : y;
+        }
+    }
+}

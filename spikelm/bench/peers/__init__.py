@@ -1,0 +1,1 @@
+"""Programs that measure others' software in environments of their own; they import nothing from here."""
