@@ -18,7 +18,7 @@ from torch import Tensor
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose
 from spikelm.kernels.gated_delta import autograd, chunked, reference
-from spikelm.kernels.masks import check_masks
+from spikelm.kernels.masks import check_companions, check_masks
 
 __all__ = ["gated_delta"]
 
@@ -69,6 +69,7 @@ def gated_delta(
         KernelError: a back-end that was asked for and is not available.
     """
     _check(q, k, v, g, beta, state)
+    check_companions("gated_delta", k, q=q, v=v, g=g, beta=beta, state=state)
     check_masks(k, reset, valid)
     form = _FORMS[choose("gated_delta", k.device)]
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32

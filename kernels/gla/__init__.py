@@ -17,7 +17,7 @@ from torch import Tensor
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gla import autograd, chunked, reference
-from spikelm.kernels.masks import check_masks
+from spikelm.kernels.masks import check_companions, check_masks
 
 __all__ = ["gla", "initial_state"]
 
@@ -102,6 +102,7 @@ def gla(
         KernelError: a back-end that was asked for and is not available.
     """
     _check(q, k, v, g, state)
+    check_companions("gla", q, k=k, v=v, g=g, state=state)
     check_masks(q, reset, valid)
     name = choose("gla", q.device)
     if name == "triton":
