@@ -66,6 +66,13 @@ def backend() -> str:
     Raises:
         KernelError: SPIKELM_KERNELS holds another name.
     """
+    name: str = _backend()
+    return name
+
+
+# A ContextVar cannot be traced: torch.compile asks once, as it traces.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _backend() -> str:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
@@ -101,6 +108,12 @@ def choose(op: str, device: torch.device, **configuration: object) -> str:
     Raises:
         KernelError: the op is unknown, or the back-end asked for is not available.
     """
+    name: str = _choose(op, device, **configuration)
+    return name
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _choose(op: str, device: torch.device, **configuration: object) -> str:
     if op not in OPS:
         raise KernelError(nearest("kernel op", op, OPS))
     wanted = backend()

@@ -1,4 +1,4 @@
-"""Checks of the two masks every recurrent op takes."""
+"""Checks of what stands beside the main input of an op: its masks and its other tensors."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def check_masks(x: Tensor, reset: Tensor | None, valid: Tensor | None) -> None:
                 f"{name} must be bool {list(x.shape[:2])} on {x.device}, "
                 f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
             )
+
+
+def check_companions(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Refuses tensors that are not floating or lie on another device than x; shapes are not looked at.
+
+    Raises:
+        ShapeError: naming the tensor, what it is and what it should be.
+    """
+    device = x.device
+    for name, other in others.items():
+        if other is not None and (not other.is_floating_point() or other.device != device):
+            raise ShapeError(f"{op} needs floating {name} on {device}, got {other.dtype} on {other.device}")

@@ -47,7 +47,7 @@ static inline void sum_rows(int64_t rows, int64_t channels, const real *restrict
 
 #ifdef SPIKELM_DOUBLE
 
-#define MAGNITUDE fabs
+#define REAL_ABS fabs
 
 /* A fused multiply-add where the processor has one; never the slow library function. */
 INLINE double multiply_add(double a, double b, double c) {
@@ -67,7 +67,7 @@ INLINE void exp_nonpositive_pair(double xa, double xb, double *ya, double *yb) {
 
 #else
 
-#define MAGNITUDE fabsf
+#define REAL_ABS fabsf
 
 /* A fused multiply-add where the processor has one; never the slow library function. */
 INLINE float multiply_add(float a, float b, float c) {
@@ -78,63 +78,58 @@ INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-/* exp(x) for x <= 0 within about one unit in the last place; 0 below -87.7; NaN stays NaN.
+/* exp(x) for x <= 0 within about one unit in the last place; 0 below -87 (no subnormals); NaN stays NaN.
  * x = n log 2 + r with |r| <= log(2)/2; the sum with 1.5 * 2^23 rounds to the integer n and leaves n in the
- * low bits of its own representation. At -88 n is -127, whose power of two comes out as 0. Minimax polynomial
- * of degree 6 (Cephes expf), in pairs: a chain of multiply-adds would wait for each of them.
- */
+ * low bits of its own representation. Minimax polynomial of degree 6 (Cephes expf). */
 INLINE float exp_nonpositive(float x) {
     const float round_to_integer = 12582912.0f;
-    const float z = -88.0f > x ? -88.0f : x;
-    const float shifted = multiply_add(z, 1.44269504f, round_to_integer);
-    const float n = shifted - round_to_integer;
-    const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, z));
-    const float r2 = r * r;
-    const float high = multiply_add(1.9875691500e-4f, r, 1.3981999507e-3f);
-    const float middle = multiply_add(8.3334519073e-3f, r, 4.1665795894e-2f);
-    const float low = multiply_add(1.6666665459e-1f, r, 5.0000001201e-1f);
-    const float q = multiply_add(high, r2 * r2, multiply_add(middle, r2, low));
-    const float p = multiply_add(q, r2, r) + 1.0f;
+    float z = x < -87.0f ? -87.0f : x;
+    float shifted = multiply_add(z, 1.44269504f, round_to_integer);
+    float n = shifted - round_to_integer;
+    float r = multiply_add(n, -0.693359375f, z);
+    r = multiply_add(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = multiply_add(p, r, 1.3981999507e-3f);
+    p = multiply_add(p, r, 8.3334519073e-3f);
+    p = multiply_add(p, r, 4.1665795894e-2f);
+    p = multiply_add(p, r, 1.6666665459e-1f);
+    p = multiply_add(p, r, 5.0000001201e-1f);
+    p = multiply_add(p, r * r, r) + 1.0f;
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
     bits = (bits << 23) + 0x3f800000u;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
+    float y = p * scale;
+    return x < -87.0f ? 0.0f : y;
 }
 
 /* exp_nonpositive of two numbers at once, the same bits: a processor looks ahead over about sixty operations, so
  * that two chains of dependent ones run beside each other only where they are written beside each other. */
 INLINE void exp_nonpositive_pair(float xa, float xb, float *ya, float *yb) {
     const float round_to_integer = 12582912.0f;
-    const float za = -88.0f > xa ? -88.0f : xa;
-    const float zb = -88.0f > xb ? -88.0f : xb;
+    const float za = -87.0f > xa ? -87.0f : xa;
+    const float zb = -87.0f > xb ? -87.0f : xb;
     const float shifted_a = multiply_add(za, 1.44269504f, round_to_integer);
     const float shifted_b = multiply_add(zb, 1.44269504f, round_to_integer);
     const float na = shifted_a - round_to_integer;
     const float nb = shifted_b - round_to_integer;
-    const float ta = multiply_add(na, -0.693359375f, za);
-    const float tb = multiply_add(nb, -0.693359375f, zb);
-    const float ra = multiply_add(na, 2.12194440e-4f, ta);
-    const float rb = multiply_add(nb, 2.12194440e-4f, tb);
-    const float r2a = ra * ra;
-    const float r2b = rb * rb;
-    const float high_a = multiply_add(1.9875691500e-4f, ra, 1.3981999507e-3f);
-    const float high_b = multiply_add(1.9875691500e-4f, rb, 1.3981999507e-3f);
-    const float middle_a = multiply_add(8.3334519073e-3f, ra, 4.1665795894e-2f);
-    const float middle_b = multiply_add(8.3334519073e-3f, rb, 4.1665795894e-2f);
-    const float low_a = multiply_add(1.6666665459e-1f, ra, 5.0000001201e-1f);
-    const float low_b = multiply_add(1.6666665459e-1f, rb, 5.0000001201e-1f);
-    const float r4a = r2a * r2a;
-    const float r4b = r2b * r2b;
-    const float ma = multiply_add(middle_a, r2a, low_a);
-    const float mb = multiply_add(middle_b, r2b, low_b);
-    const float qa = multiply_add(high_a, r4a, ma);
-    const float qb = multiply_add(high_b, r4b, mb);
-    const float sa = multiply_add(qa, r2a, ra);
-    const float sb = multiply_add(qb, r2b, rb);
-    const float pa = sa + 1.0f;
-    const float pb = sb + 1.0f;
+    float ra = multiply_add(na, -0.693359375f, za);
+    float rb = multiply_add(nb, -0.693359375f, zb);
+    ra = multiply_add(na, 2.12194440e-4f, ra);
+    rb = multiply_add(nb, 2.12194440e-4f, rb);
+    float pa = multiply_add(1.9875691500e-4f, ra, 1.3981999507e-3f);
+    float pb = multiply_add(1.9875691500e-4f, rb, 1.3981999507e-3f);
+    pa = multiply_add(pa, ra, 8.3334519073e-3f);
+    pb = multiply_add(pb, rb, 8.3334519073e-3f);
+    pa = multiply_add(pa, ra, 4.1665795894e-2f);
+    pb = multiply_add(pb, rb, 4.1665795894e-2f);
+    pa = multiply_add(pa, ra, 1.6666665459e-1f);
+    pb = multiply_add(pb, rb, 1.6666665459e-1f);
+    pa = multiply_add(pa, ra, 5.0000001201e-1f);
+    pb = multiply_add(pb, rb, 5.0000001201e-1f);
+    pa = multiply_add(pa, ra * ra, ra) + 1.0f;
+    pb = multiply_add(pb, rb * rb, rb) + 1.0f;
     uint32_t bits_a, bits_b;
     memcpy(&bits_a, &shifted_a, sizeof bits_a);
     memcpy(&bits_b, &shifted_b, sizeof bits_b);
@@ -143,8 +138,9 @@ INLINE void exp_nonpositive_pair(float xa, float xb, float *ya, float *yb) {
     float scale_a, scale_b;
     memcpy(&scale_a, &bits_a, sizeof scale_a);
     memcpy(&scale_b, &bits_b, sizeof scale_b);
-    *ya = pa * scale_a;
-    *yb = pb * scale_b;
+    const float full_a = pa * scale_a, full_b = pb * scale_b;
+    *ya = xa < -87.0f ? 0.0f : full_a;
+    *yb = xb < -87.0f ? 0.0f : full_b;
 }
 
 #endif

@@ -78,7 +78,7 @@ void encode_mask(int64_t rows, int64_t width, double cap, const real *x, const r
         const real v = threshold[row], edge = quiet[row], most = (real)cap;
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
-            to[i] = MAGNITUDE(uncapped_count(from[i], v, edge)) > most ? 1 : 0;
+            to[i] = REAL_ABS(uncapped_count(from[i], v, edge)) > most ? 1 : 0;
         }
     }
 }

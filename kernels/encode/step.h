@@ -31,11 +31,11 @@ static inline real mean_magnitude(int64_t width, const real *restrict x) {
         for (; i + ENCODE_LANES <= last; i += ENCODE_LANES) {
 #pragma omp simd
             for (int j = 0; j < ENCODE_LANES; j++) {
-                lane[j] += MAGNITUDE(x[i + j]);
+                lane[j] += REAL_ABS(x[i + j]);
             }
         }
         for (int j = 0; i + j < last; j++) {
-            lane[j] += MAGNITUDE(x[i + j]);
+            lane[j] += REAL_ABS(x[i + j]);
         }
         for (int half = ENCODE_LANES / 2; half > 0; half /= 2) {
             for (int j = 0; j < half; j++) {
@@ -63,7 +63,7 @@ INLINE void thresholds_of(int64_t width, double k, double dead_zone, const real 
 /* Count before the cap; zero where |x| < quiet. */
 INLINE real uncapped_count(real x, real threshold, real quiet) {
     const real count = ROUND_TO_EVEN(x / threshold);
-    return MAGNITUDE(x) < quiet ? (real)0 : count;
+    return REAL_ABS(x) < quiet ? (real)0 : count;
 }
 
 INLINE real capped(real count, real cap) {
@@ -79,7 +79,7 @@ static inline int32_t encode_row(int64_t width, real threshold, real quiet, real
     for (int64_t i = 0; i < width; i++) {
         const real count = uncapped_count(x[i], threshold, quiet);
         counts[i] = capped(count, cap);
-        clipped |= MAGNITUDE(count) > cap ? 1 : 0;
+        clipped |= REAL_ABS(count) > cap ? 1 : 0;
     }
     return clipped;
 }
@@ -117,7 +117,7 @@ static inline void encode_row_counted(int64_t width, real threshold, real quiet,
             to[i] = (int8_t)whole;
             silent += size == 0 ? 1 : 0;
             sum += size;
-            clipped += MAGNITUDE(count) > cap ? 1 : 0;
+            clipped += REAL_ABS(count) > cap ? 1 : 0;
             largest = largest > size ? largest : size;
         }
         all_silent += silent;

@@ -19,7 +19,7 @@ from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gated_delta import autograd, chunked, reference
 from spikelm.kernels.gated_delta.decode import gated_delta_decode
-from spikelm.kernels.masks import check_masks
+from spikelm.kernels.masks import check_companions, check_masks
 
 __all__ = ["gated_delta", "gated_delta_decode"]
 
@@ -70,6 +70,7 @@ def gated_delta(
         KernelError: a back-end that was asked for and is not available.
     """
     _check(q, k, v, g, beta, state)
+    check_companions("gated_delta", k, q=q, v=v, g=g, beta=beta, state=state)
     check_masks(k, reset, valid)
     name = choose(
         "gated_delta",

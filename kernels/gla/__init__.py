@@ -18,7 +18,7 @@ from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gla import autograd, chunked, reference
 from spikelm.kernels.gla.decode import gla_decode
-from spikelm.kernels.masks import check_masks
+from spikelm.kernels.masks import check_companions, check_masks
 
 __all__ = ["gla", "gla_decode", "initial_state"]
 
@@ -82,6 +82,7 @@ def gla(
         KernelError: a back-end that was asked for and is not available.
     """
     _check(q, k, v, g, state)
+    check_companions("gla", q, k=k, v=v, g=g, state=state)
     check_masks(q, reset, valid)
     name = choose(
         "gla",

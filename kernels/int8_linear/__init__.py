@@ -193,7 +193,14 @@ def _check(counts: Tensor, weight: Tensor, scales: Tensor, size: int) -> None:
     if weight.dtype != torch.int8 or weight.dim() != 2:
         raise ShapeError(f"int8_linear needs int8 weights [O, D], got {weight.dtype} {list(weight.shape)}")
     outputs, width = weight.shape
-    if counts.dim() == 0 or counts.shape[-1] != width or counts.dtype in (torch.bool, torch.uint8):
+    if scales.device != counts.device:
+        raise ShapeError(f"int8_linear needs scales on {counts.device}, got them on {scales.device}")
+    if (
+        counts.dim() == 0
+        or counts.shape[-1] != width
+        or counts.dtype in (torch.bool, torch.uint8)
+        or counts.is_complex()
+    ):
         raise ShapeError(
             f"int8_linear needs counts [.., {width}] of a signed dtype, "
             f"got {counts.dtype} {list(counts.shape)}"
@@ -214,6 +221,9 @@ def _check_range(counts: Tensor) -> None:
 
 
 def _check_rest(counts: Tensor, weight: Tensor, threshold: Tensor | None, bias: Tensor | None) -> None:
+    for name, other in (("weight", weight), ("threshold", threshold), ("bias", bias)):
+        if other is not None and other.device != counts.device:
+            raise ShapeError(f"int8_linear needs {name} on {counts.device}, got it on {other.device}")
     if threshold is not None and threshold.shape != (*counts.shape[:-1], 1):
         raise ShapeError(f"threshold is {list(threshold.shape)}; expected {[*counts.shape[:-1], 1]}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -19,7 +19,7 @@ from spikelm.kernels.lif import autograd, reference, scan
 from spikelm.kernels.lif.decode import lif_decode
 from spikelm.kernels.lif.neuron import Neuron
 from spikelm.kernels.lif.surrogates import Derivative, derivative
-from spikelm.kernels.masks import check_masks
+from spikelm.kernels.masks import check_companions, check_masks
 
 __all__ = ["lif", "lif_decode"]
 
@@ -84,6 +84,7 @@ def lif(
         KernelError: an unknown surrogate, or a back-end that was asked for and is not available.
     """
     _check(x, v0, rate)
+    check_companions("lif", x, v0=v0, rate=rate)
     check_masks(x, reset, valid)
     neuron = Neuron(
         threshold=threshold,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
-from spikelm.kernels.masks import check_masks
+from spikelm.kernels.masks import check_companions, check_masks
 from spikelm.kernels.wkv4 import autograd, chunked, reference
 from spikelm.kernels.wkv4.decode import wkv4_decode
 from spikelm.kernels.wkv4.reference import initial_state
@@ -82,6 +82,7 @@ def wkv4(
         KernelError: a back-end that was asked for and is not available.
     """
     _check(w, u, k, v, state)
+    check_companions("wkv4", k, w=w, u=u, v=v, state=state)
     check_masks(k, reset, valid)
     name = choose("wkv4", k.device)
     dtype = torch.float64 if torch.float64 in (k.dtype, v.dtype) else torch.float32

@@ -96,15 +96,15 @@ INLINE void recompute_segment(int count, int64_t first, int64_t last, int64_t ch
         for (int i = 0; i < count; i++) {
             const real decayed = max[i] + decay[i];
             const struct weights w = weigh(max[i], decayed, bonus[i] + kt[i], kt[i]);
-            const real inverse = 1 / multiply_add(w.out_past, den[i], w.out_now);
+            const real inverse = 1 / (w.out_past * den[i] + w.out_now);
             nums[i] = num[i];
             dens[i] = den[i];
             out_past[i] = w.out_past * inverse;
             out_now[i] = w.out_now * inverse;
             new_past[i] = w.new_past;
             new_now[i] = w.new_now;
-            num[i] = multiply_add(w.new_past, num[i], w.new_now * vt[i]);
-            den[i] = multiply_add(w.new_past, den[i], w.new_now);
+            num[i] = w.new_past * num[i] + w.new_now * vt[i];
+            den[i] = w.new_past * den[i] + w.new_now;
             max[i] = larger(decayed, kt[i]);
         }
     }

@@ -19,7 +19,7 @@ struct weights {
 INLINE struct weights weigh(real max, real decayed, real current, real k) {
     const real out = max - current, new = decayed - k;
     real out_small, new_small;
-    exp_nonpositive_pair(-MAGNITUDE(out), -MAGNITUDE(new), &out_small, &new_small);
+    exp_nonpositive_pair(-REAL_ABS(out), -REAL_ABS(new), &out_small, &new_small);
     const int out_falls = out < 0, new_falls = new < 0; /* whether the past weighs less */
     struct weights w;
     w.out_past = out_falls ? out_small : (real)1;
@@ -33,9 +33,9 @@ INLINE struct weights weigh(real max, real decayed, real current, real k) {
 INLINE real wkv4_token(real decay, real bonus, real k, real v, real *num, real *den, real *max) {
     const real decayed = *max + decay;
     const struct weights w = weigh(*max, decayed, bonus + k, k);
-    const real y = multiply_add(w.out_past, *num, w.out_now * v) / multiply_add(w.out_past, *den, w.out_now);
-    *num = multiply_add(w.new_past, *num, w.new_now * v);
-    *den = multiply_add(w.new_past, *den, w.new_now);
+    const real y = (w.out_past * *num + w.out_now * v) / (w.out_past * *den + w.out_now);
+    *num = w.new_past * *num + w.new_now * v;
+    *den = w.new_past * *den + w.new_now;
     *max = larger(decayed, k);
     return y;
 }
