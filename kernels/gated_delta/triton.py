@@ -30,7 +30,7 @@ from spikelm.kernels.gla.triton import (
 
 def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) -> Tiles:
     """Configuration of a kernel (inverse, forward, reverse or gradients); arguments as for gla's."""
-    small = target not in ("sm_80", "sm_90", "sm_100")
+    small = target not in ("sm_90", "sm_100")  # others hold operands of products in registers
     value_block = power_of_2(value_dim)
     # The sweeps hold whole rows of K, so that longer chunks of wide keys do not fit in registers.
     chunk = 16 if wide or key_block > 128 else 32 if small or key_block > 64 else 64
