@@ -30,18 +30,19 @@ from spikelm.kernels.gla.triton import (
 
 def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) -> Tiles:
     """Configuration of a kernel (inverse, forward, reverse or gradients); arguments as for gla's."""
-    small = target not in ("sm_80", "sm_90", "sm_100")
+    small = target not in ("sm_90", "sm_100")  # others hold operands of products in registers
     value_block = power_of_2(value_dim)
     # The sweeps hold whole rows of K, so that longer chunks of wide keys do not fit in registers.
     chunk = 16 if wide or key_block > 128 else 32 if small or key_block > 64 else 64
     if kernel == "inverse":
         return Tiles(chunk=chunk, values=16, keys=min(key_block, 64), warps=4, stages=1)
     if kernel == "gradients":
-        return Tiles(chunk=chunk, values=min(value_block, 32), keys=min(key_block, 32), warps=8, stages=1)
+        side = 16 if small else 32
+        return Tiles(chunk=chunk, values=min(value_block, side), keys=min(key_block, side), warps=8, stages=1)
     if key_block <= 64 and not wide:
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=key_block, warps=4, stages=1)
     # Columns enough for the products to take their operands from shared memory, not from copies per warp.
-    values = min(value_block, 16 if wide else 32 if small else 64)
+    values = min(value_block, 16 if wide or small else 64)
     if kernel == "reverse" and key_block > 128:
         values = min(values, 32)
     return Tiles(chunk=chunk, values=values, keys=key_block, warps=8, stages=1)

@@ -45,12 +45,12 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
 
     Args:
         kernel: forward, sweep, strong, keys or values (the last two of the backward pass).
-        target: sm_80, sm_90, sm_100, or anything else for the least shared memory (64 KB).
+        target: sm_80, sm_90, sm_100, or gfx942, or anything else for the least shared memory (64 KB).
         key_block: K rounded up to a power of 2.
         value_dim: V.
         wide: whether products are of float32.
     """
-    small = target not in ("sm_80", "sm_90", "sm_100")
+    small = target not in ("sm_90", "sm_100")  # others hold operands of products in registers
     value_block = power_of_2(value_dim)
     if wide:
         # Full float32 products run outside the tensor cores and hold their operands in registers.
