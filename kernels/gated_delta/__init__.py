@@ -84,7 +84,8 @@ def gated_delta(
         from spikelm.kernels.gated_delta import triton
 
         if backend() != AUTO or triton.check(q, k, v, g, beta, state) is None:
-            return triton.gated_delta(q, k, v, g, beta, state, scale, reset, valid)
+            found: tuple[Tensor, Tensor] = triton.gated_delta(q, k, v, g, beta, state, scale, reset, valid)
+            return found
         name = "torch"
     form = _FORMS[name]
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32

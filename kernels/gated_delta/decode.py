@@ -88,8 +88,8 @@ def step_in_pool(
         busy = (slots >= 0).nonzero()[:, 0]
         own = slots[busy].long()
         queries = q[busy].to(pool.dtype).unflatten(1, (k.shape[1], -1))
-        rows = [x[busy].to(pool.dtype) for x in (k, v, g, beta)]
-        o, state = reference.step(queries, *rows, pool[own], scale)
+        keys, values, gates, betas = (x[busy].to(pool.dtype) for x in (k, v, g, beta))
+        o, state = reference.step(queries, keys, values, gates, betas, pool[own], scale)
         pool[own] = state
         out = v.new_zeros(*q.shape[:2], v.shape[2])
         out[busy] = o.flatten(1, 2).to(v.dtype)

@@ -97,7 +97,8 @@ def gla(
         from spikelm.kernels.gla import triton
 
         if backend() != AUTO or triton.check(q, k, v, g, state) is None:
-            return triton.gla(q, k, v, g, state, scale, reset, valid)
+            found: tuple[Tensor, Tensor] = triton.gla(q, k, v, g, state, scale, reset, valid)
+            return found
         name = "torch"
     form = _FORMS[name]
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))

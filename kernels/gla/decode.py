@@ -79,8 +79,9 @@ def step_in_pool(
     with torch.autocast(q.device.type, enabled=False):
         busy = (slots >= 0).nonzero()[:, 0]
         own = slots[busy].long()
-        rows = [x if x is None else x[busy].to(pool.dtype) for x in (q, k, v, g)]
-        o, state = reference.step(*rows, pool[own], scale)  # type: ignore[arg-type]
+        queries, keys, values = (x[busy].to(pool.dtype) for x in (q, k, v))
+        gates = None if g is None else g[busy].to(pool.dtype)
+        o, state = reference.step(queries, keys, values, gates, pool[own], scale)
         pool[own] = state
         out = v.new_zeros(*q.shape[:2], v.shape[2])
         out[busy] = o.to(v.dtype)
