@@ -8,6 +8,11 @@
 #ifndef SPIKELM_MATRIX_H
 #define SPIKELM_MATRIX_H
 
+/* With a check at every access the unrolled tiles would take minutes to optimise. */
+#if defined(__SANITIZE_ADDRESS__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
+
 #include "real.h"
 
 #if defined(__AVX512F__)
