@@ -8,6 +8,11 @@
 #ifndef SPIKELM_MATRIX_H
 #define SPIKELM_MATRIX_H
 
+/* With a check at every access the unrolled tiles would take minutes to optimise. */
+#if defined(__SANITIZE_ADDRESS__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
+
 #include "real.h"
 
 #if defined(__AVX512F__)
@@ -161,8 +166,9 @@ INLINE void product_columns(const int vectors, int64_t rows, int64_t depth, cons
 }
 
 /* c [rows][columns] = a [rows][depth] b [depth][columns], after what `before` leaves of c. Element (i, p) of a
- * lies at a[i a_row + p a_step], so that a may be read transposed. Writes whole vectors of columns. */
-static void product(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row,
+ * lies at a[i a_row + p a_step], so that a may be read transposed. Writes whole vectors of columns. Never copied
+ * into its callers: the tiles are long, and sanitizers make them longer. */
+__attribute__((noinline)) static void product(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row,
                     int64_t a_step, const real *b, int64_t b_row, real *c, int64_t c_row,
                     enum before before, const real *decay) {
     const int64_t vectors = whole_vectors(columns) / LANES;
