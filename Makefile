@@ -29,6 +29,9 @@ TEST_ENV += SPIKELM_DATA=$(abspath ../shared/data)
 endif
 endif
 
+# What uses the device; needs torch, triton and pytest alone.
+GPU_TESTS := tests/kernels/triton tests/test_gpu.py tests/test_graph_decoding.py
+
 .DEFAULT_GOAL := help
 .PHONY: help demo reproduce test test-slow check bench gpu clean soak
 
@@ -75,10 +78,11 @@ bench: $(DEV) ## run the benchmarks; results go to benchmarks/results
 	@for file in benchmarks/[!_]*.py; do echo "-- $$file"; $(BIN)/python "$$file" || exit 1; done
 
 # No installation here: a GPU machine may have no network, and the kernels need torch and triton alone.
-gpu: ## run the kernel tests on this machine's GPU with the Python that has torch
+gpu: ## test the kernels on this machine's GPU and measure them, with the Python that has torch
 	@python=$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)); \
 	if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-		echo "== gpu: tests marked gpu =="; $(TEST_ENV) $$python -m pytest -m gpu $(TEST_ARGS); \
+		echo "== gpu: tests =="; $(TEST_ENV) PYTHONPATH=$(CURDIR) $$python -m pytest -m gpu $(GPU_TESTS) $(TEST_ARGS) && \
+		{ echo "== gpu: benchmarks =="; PYTHONPATH=$(CURDIR) $$python benchmarks/gpu.py; }; \
 	else echo "No GPU that torch can use on this machine, so there is nothing to run."; fi
 
 clean: ## remove built files and caches (keeps .venv and runs)

@@ -72,10 +72,12 @@ class Case:
 
 def sequences(s: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """Ops over whole sequences, forward and backward."""
-    from spikelm.kernels.encode import adaptive_encode
+    from spikelm.kernels.encode import adaptive_encode, adaptive_encode_int8
     from spikelm.kernels.gated_delta import gated_delta
     from spikelm.kernels.gla import gla
     from spikelm.kernels.lif import lif
+    from spikelm.kernels.planes import expand_planes
+    from spikelm.kernels.shift_encode import shift_encode
     from spikelm.kernels.wkv4 import initial_state, wkv4
 
     e, n, nk, nt = dtype.itemsize, s.B * s.T * s.C, s.B * s.T * s.C, s.B * s.T * s.H
@@ -127,10 +129,43 @@ def sequences(s: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         name=f"encode {s}",
         make=lambda: {"x": normal(s.B, s.T, s.C)},
         call=lambda x: adaptive_encode(x, k=2.0)[0],
-        bytes=e * n + n + 4 * s.B * s.T,
+        bytes=e * n + 4 * n + 4 * s.B * s.T,
         backward_bytes=3 * e * n,
         leaves=("x",),
         compare="share",
+    )
+    yield Case(
+        op="encode",
+        name=f"encode_int8 {s}",
+        make=lambda: {"x": normal(s.B, s.T, s.C)},
+        call=lambda x: adaptive_encode_int8(x, k=2.0)[0],
+        bytes=e * n + n + 36 * s.B * s.T,
+        compare="share",
+    )
+    yield Case(
+        op="shift_encode",
+        name=f"shift_encode M=3 {s}",
+        make=lambda: {
+            "x": normal(s.B, s.T, s.C),
+            "norm": torch.rand(s.C, device=device),
+            "last": torch.zeros(s.B, s.C, device=device),
+            "mixes": torch.rand(3, s.C, device=device),
+        },
+        call=lambda x, norm, last, mixes: shift_encode(
+            x, norm, torch.zeros_like(norm), 1e-5, "layernorm", last, mixes, k=2.0
+        )[0],
+        bytes=e * n + 3 * n + 3 * 36 * s.B * s.T,
+        compare="share",
+    )
+    yield Case(
+        op="planes",
+        name=f"expand_planes planes=3 {s}",
+        make=lambda: {
+            "counts": torch.randint(-7, 8, (s.B, s.T, s.C), device=device).to(torch.int8),
+        },
+        call=lambda counts: expand_planes(counts, 3),
+        bytes=n + 4 * n // 8,
+        compare="bits",
     )
     yield Case(
         op="gla",

@@ -12,16 +12,19 @@ bytes of each, and a hash of the sources, so that a table that is out of date is
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,14 +101,27 @@ def modules() -> list[str]:
 
 
 def source_hash(module: str) -> str:
-    """Hash of what decides a module's table: its folder's Triton sources and those shared by all."""
-    folder = FOLDER / module.split(".")[2]
+    """Hash of what decides a module's table: its file and the Triton sources that it imports, theirs too."""
     digest = hashlib.sha256()
-    shared = [path for path in sorted(FOLDER.glob("triton*.py")) if path.name != "triton_excluded.py"]
-    for path in [*sorted(folder.glob("triton*.py")), *shared]:
+    for path in _sources(module):
         digest.update(path.read_bytes())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def _sources(module: str) -> list[Path]:
+    """Files ``triton*.py`` that a module reads, itself among them."""
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        path = FOLDER.joinpath(*waiting.pop().split(".")[2:]).with_suffix(".py")
+        if path in found or not path.name.startswith("triton") or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spikelm.kernels"):
+                waiting += [str(node.module), *(f"{node.module}.{name.name}" for name in node.names)]
+    return sorted(found)
 
 
 def compilations(module: str, target: str) -> list[Compilation]:
@@ -171,7 +187,11 @@ def _compile(wanted: Compilation, target: str) -> tuple[Any, str]:
 
 
 def table(
-    targets: Sequence[str] = tuple(TARGETS), only: Sequence[str] = (), known: Mapping[str, Any] | None = None
+    targets: Sequence[str] = tuple(TARGETS),
+    only: Sequence[str] = (),
+    known: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    after: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Compile every configuration.
 
@@ -179,6 +199,8 @@ def table(
         targets: which to compile for.
         only: ops whose modules are compiled; empty for all.
         known: an older table; modules whose sources and Triton are those of it are taken over.
+        jobs: processes that compile.
+        after: called with what there is after each module.
 
     Returns:
         {"triton": version, "modules": {module: {"source": hash, "kernels": {name: {target: resources}}}}}
@@ -186,18 +208,42 @@ def table(
     import triton
 
     result: dict[str, Any] = {"triton": triton.__version__, "modules": {}}
-    for module in modules():
-        if only and module.split(".")[2] not in only:
-            continue
-        if known is not None and not stale(known, module, targets):
-            result["modules"][module] = known["modules"][module]
-            continue
-        kernels: dict[str, dict[str, dict[str, int]]] = {}
-        for target in targets:
-            for wanted in compilations(module, target):
-                kernels.setdefault(wanted.name, {})[target] = asdict(compile_one(wanted, target))
-        result["modules"][module] = {"source": source_hash(module), "kernels": kernels}
+    with _pool(jobs) as run:
+        for module in modules():
+            if only and module.split(".")[2] not in only:
+                continue
+            if known is not None and not stale(known, module, targets):
+                result["modules"][module] = known["modules"][module]
+                continue
+            entry: dict[str, Any] = {"source": source_hash(module), "kernels": {}}
+            wanted = [
+                (module, target, compilation.name)
+                for target in targets
+                for compilation in compilations(module, target)
+            ]
+            for (_, target, name), taken in zip(wanted, run(_compile_named, wanted), strict=True):
+                entry["kernels"].setdefault(name, {})[target] = asdict(taken)
+            result["modules"][module] = entry
+            if after is not None:
+                after(result)
     return result
+
+
+def _compile_named(wanted: tuple[str, str, str]) -> Resources:
+    """Compile the configuration of a module, target and name (which another process can be told)."""
+    module, target, name = wanted
+    (found,) = (entry for entry in compilations(module, target) if entry.name == name)
+    return compile_one(found, target)
+
+
+@contextlib.contextmanager
+def _pool(jobs: int) -> Iterator[Callable[..., Iterable[Resources]]]:
+    """A ``map`` in this process or over several new ones."""
+    if jobs <= 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as executor:
+        yield executor.map
 
 
 def stale(known: Mapping[str, Any], module: str, targets: Sequence[str] = tuple(TARGETS)) -> str | None:
@@ -254,6 +300,11 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _write(found: Mapping[str, Any]) -> None:
+    TABLE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(found))
+
+
 @contextlib.contextmanager
 def _fresh_cache() -> Iterator[None]:
     """A cached kernel would be loaded without telling what it takes."""
@@ -298,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--write", action="store_true", help=f"write the table and its page, {TABLE.name} and {PAGE.name}"
     )
     parser.add_argument("--all", action="store_true", help="with --write: compile what has not changed too")
+    parser.add_argument("--jobs", type=int, help="processes that compile; default: one for each core")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--op", action="append", default=[], help="only this op's kernels")
     chosen = parser.parse_args(arguments)
@@ -306,7 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = None
     if chosen.write and not chosen.all and TABLE.is_file():
         known = json.loads(TABLE.read_text())
-    found = table(chosen.target or tuple(TARGETS), chosen.op, known)
+    jobs = chosen.jobs or os.cpu_count() or 1
+    found = table(chosen.target or tuple(TARGETS), chosen.op, known, jobs, _write if chosen.write else None)
     for module in found["modules"].values():
         for name, per_target in module["kernels"].items():
             for target, taken in per_target.items():
@@ -315,8 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{taken['spilled']:5} B spilled"
                 )
     if chosen.write:
-        TABLE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        PAGE.write_text(page(found))
+        _write(found)
     wrong = problems(found)
     for sentence in wrong:
         print(sentence, file=sys.stderr)

@@ -50,6 +50,13 @@ INLINE void prefetch_row(const real *row, int64_t width) {
     }
 }
 
+/* Asks for a row that this chunk will write. */
+INLINE void prefetch_target(const real *row, int64_t width) {
+    for (int64_t c = 0; c < width; c += LINE) {
+        __builtin_prefetch(row + c, 1);
+    }
+}
+
 /* Tokens of `per_token` rows each become rows of `to`, times scale; what stands at invalid tokens (it may be
  * NaN) and after `count` tokens is zero. */
 static void load_tokens(int64_t count, int64_t full, int64_t per_token, int64_t width, real scale,
@@ -61,10 +68,7 @@ static void load_tokens(int64_t count, int64_t full, int64_t per_token, int64_t 
                 memset(to, 0, (size_t)whole * sizeof(real));
                 continue;
             }
-            const real *restrict source = from + t * from_token + h * width;
-            for (int64_t c = 0; c < width; c++) {
-                to[c] = scale * source[c];
-            }
+            scaled_row(width, scale, from + t * from_token + h * width, to);
             for (int64_t c = width; c < whole; c++) {
                 to[c] = 0;
             }
@@ -77,14 +81,12 @@ static void store_tokens(int64_t count, int64_t per_token, int64_t width, real s
                          int64_t from_row, const uint8_t *valid, real *to, int64_t to_token) {
     for (int64_t t = 0; t < count; t++) {
         for (int64_t h = 0; h < per_token; h++, from += from_row) {
-            real *restrict target = to + t * to_token + h * width;
+            real *target = to + t * to_token + h * width;
             if (valid && !valid[t]) {
                 memset(target, 0, (size_t)width * sizeof(real));
                 continue;
             }
-            for (int64_t c = 0; c < width; c++) {
-                target[c] = scale * from[c];
-            }
+            scaled_row(width, scale, from, target);
         }
     }
 }

@@ -43,9 +43,9 @@ OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gla": ("reference", "torch", "c", "triton"),
         "int8_linear": ("reference", "torch", "c", "triton"),
         "lif": ("reference", "torch", "c", "triton"),
-        "planes": ("reference", "torch", "c"),
+        "planes": ("reference", "torch", "c", "triton"),
         "rowwise": ("reference", "torch", "c"),
-        "shift_encode": ("reference", "torch", "c"),
+        "shift_encode": ("reference", "torch", "c", "triton"),
         "wkv4": ("reference", "torch", "c", "triton"),
     }
 )

@@ -14,6 +14,9 @@ struct group {
     const real *q, *k, *v, *g;
     const uint8_t *reset, *valid;
     const real *grad_o; /* backward: gradient of the outputs, at the group's first token; else NULL */
+    /* what is written: o, or backward the gradients of q, k, v (and of g per channel, else NULL) */
+    const real *targets[4];
+    int64_t target_token[4], target_width[4];
     int64_t ahead;      /* distance to the same token of the next chunk: CHUNK, or backward -CHUNK */
 };
 
@@ -34,26 +37,35 @@ struct gradients {
     real *q, *k, *v, *g; /* at the group's first token; g may be NULL */
 };
 
-/* Asks for what the next chunk reads of LANES tokens, in step with the work on these of this chunk. */
-INLINE void prefetch_tokens(const struct group *group, const struct piece *piece, int64_t start) {
-    const int64_t first = piece->first + start + group->ahead;
-    const int64_t end = first + LANES < group->steps ? first + LANES : group->steps;
-    for (int64_t t = first < 0 ? end : first; t < end; t++) {
-        prefetch_row(group->q + t * group->q_token, group->share * group->key_dim);
-        prefetch_row(group->k + t * group->k_token, group->key_dim);
-        prefetch_row(group->v + t * group->v_token, group->value_dim);
-        if (group->gates > 0) {
-            prefetch_row(group->g + t * group->g_token, group->gates);
-        }
-        if (group->grad_o) {
-            prefetch_row(group->grad_o + t * group->o_token, group->share * group->value_dim);
-        }
+/* Names a tensor that is written, rows of `width` values. */
+INLINE void add_target(struct group *group, const real *first, int64_t token, int64_t width) {
+    int i = 0;
+    while (group->targets[i]) {
+        i++;
     }
+    group->targets[i] = first;
+    group->target_token[i] = token;
+    group->target_width[i] = width;
 }
 
-INLINE void prefetch_chunk(const struct group *group, const struct piece *piece) {
-    for (int64_t t = 0; t < piece->full; t += LANES) {
-        prefetch_tokens(group, piece, t);
+/* Asks for what the next chunk reads of a token, in step with the work on this chunk's, and for what this one
+ * will write of it: requests in one heap would have to wait for each other. */
+INLINE void prefetch_token(const struct group *group, const struct piece *piece, int64_t token) {
+    const int64_t t = piece->first + token, next = t + group->ahead;
+    for (int i = 0; i < 4 && group->targets[i] && token < piece->count; i++) {
+        prefetch_target(group->targets[i] + t * group->target_token[i], group->target_width[i]);
+    }
+    if (next < 0 || next >= group->steps) {
+        return;
+    }
+    prefetch_row(group->q + next * group->q_token, group->share * group->key_dim);
+    prefetch_row(group->k + next * group->k_token, group->key_dim);
+    prefetch_row(group->v + next * group->v_token, group->value_dim);
+    if (group->gates > 1) {
+        prefetch_row(group->g + next * group->g_token, group->gates);
+    }
+    if (group->grad_o) {
+        prefetch_row(group->grad_o + next * group->o_token, group->share * group->value_dim);
     }
 }
 
@@ -93,9 +105,13 @@ static void scale_tokens(int64_t tokens, int64_t share, int64_t width, const rea
 }
 
 /* weights = (q k^T) P elementwise, keys in lanes [key][token], for one decay per token. */
-static void kept_weights(int64_t full, int64_t share, int64_t key_dim, const real *q, int64_t q_row,
-                         const real *lanes, const real *kept, int64_t token, real *weights) {
+static void kept_weights(const struct group *group, const struct piece *piece, int64_t share, const real *q,
+                         int64_t q_row, const real *lanes, const real *kept, int64_t token, real *weights) {
+    const int64_t full = piece->full, key_dim = group->key_dim;
     for (int64_t t = 0; t < full; t += LANES) {
+        for (int i = 0; i < LANES; i++) {
+            prefetch_token(group, piece, t + i);
+        }
         product(LANES * share, t + LANES, key_dim, q + t * share * q_row, q_row, 1, lanes, token,
                 weights + t * share * token, token, FORGET, NULL);
     }

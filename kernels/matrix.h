@@ -21,7 +21,11 @@
 #include <immintrin.h>
 #endif
 
-#define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#ifdef SPIKELM_DOUBLE
+#define LANES (VECTOR_BYTES / 8)
+#else
+#define LANES (VECTOR_BYTES / 4)
+#endif
 #define TILE_ROWS 6
 /* Row lengths are odd multiples of a cache line: columns then spread over all sets of the first cache. */
 #define LINE ((int64_t)(64 / sizeof(real)))
@@ -55,6 +59,37 @@ INLINE vector vector_multiply_add(vector a, vector b, vector c) {
     return c;
 #endif
 }
+
+/* exp of the lanes, as exp_nonpositive (real.h), bit for bit. */
+#ifdef SPIKELM_DOUBLE
+INLINE vector vector_exp_nonpositive(vector x) {
+    for (int i = 0; i < LANES; i++) {
+        x[i] = exp_nonpositive(x[i]);
+    }
+    return x;
+}
+#else
+typedef uint32_t vector_bits __attribute__((vector_size(VECTOR_BYTES)));
+
+INLINE vector vector_exp_nonpositive(vector x) {
+    const vector least = vector_of(-87.0f), round_to_integer = vector_of(12582912.0f);
+    const vector_bits low = (vector_bits)(x < least);
+    const vector z = (vector)((low & (vector_bits)least) | (~low & (vector_bits)x));
+    const vector shifted = vector_multiply_add(z, vector_of(1.44269504f), round_to_integer);
+    const vector n = shifted - round_to_integer;
+    vector r = vector_multiply_add(n, vector_of(-0.693359375f), z);
+    r = vector_multiply_add(n, vector_of(2.12194440e-4f), r);
+    vector p = vector_of(1.9875691500e-4f);
+    p = vector_multiply_add(p, r, vector_of(1.3981999507e-3f));
+    p = vector_multiply_add(p, r, vector_of(8.3334519073e-3f));
+    p = vector_multiply_add(p, r, vector_of(4.1665795894e-2f));
+    p = vector_multiply_add(p, r, vector_of(1.6666665459e-1f));
+    p = vector_multiply_add(p, r, vector_of(5.0000001201e-1f));
+    p = vector_multiply_add(p, r * r, r) + vector_of(1.0f);
+    const vector_bits scale = ((vector_bits)shifted << 23) + 0x3f800000u;
+    return (vector)(~low & (vector_bits)(p * (vector)scale));
+}
+#endif
 
 /* Smallest multiple of a vector that is not below x. */
 INLINE int64_t whole_vectors(int64_t x) { return (x + LANES - 1) / LANES * LANES; }
@@ -142,21 +177,78 @@ static void product(int64_t rows, int64_t columns, int64_t depth, const real *a,
     }
 }
 
-/* to [columns][rows] = from [rows][columns] transposed, rows of zeros up to whole vectors. */
+/* Lanes of two vectors in turns: of their first halves, and of their second halves. */
+#if LANES == 2
+#define FIRST_HALVES 0, 2
+#define SECOND_HALVES 1, 3
+#elif LANES == 4
+#define FIRST_HALVES 0, 4, 1, 5
+#define SECOND_HALVES 2, 6, 3, 7
+#elif LANES == 8
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SECOND_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define IN_TURNS(a, b, lanes) __builtin_shufflevector(a, b, lanes)
+#elif defined(SPIKELM_DOUBLE)
+typedef int64_t vector_lanes __attribute__((vector_size(VECTOR_BYTES)));
+#define IN_TURNS(a, b, lanes) __builtin_shuffle(a, b, (vector_lanes){lanes})
+#else
+typedef int32_t vector_lanes __attribute__((vector_size(VECTOR_BYTES)));
+#define IN_TURNS(a, b, lanes) __builtin_shuffle(a, b, (vector_lanes){lanes})
+#endif
+
+/* to [columns][rows] = from [rows][columns] transposed, rows of zeros up to whole vectors. A square of LANES rows
+ * is transposed by merging its halves in turns, log2(LANES) times. */
 static void transpose(int64_t rows, int64_t columns, const real *restrict from, int64_t from_row,
                       real *restrict to, int64_t to_row) {
-    for (int64_t r = 0; r < rows; r += 8) {
-        const int64_t last = r + 8 < rows ? r + 8 : rows;
-        for (int64_t c = 0; c < columns; c++) {
-            for (int64_t i = r; i < last; i++) {
-                to[c * to_row + i] = from[i * from_row + c];
+    for (int64_t r = 0; r < rows; r += LANES) {
+        for (int64_t c = 0; c < columns; c += LANES) {
+            vector x[LANES], y[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                x[i] = r + i < rows ? vector_load(from + (r + i) * from_row + c) : (vector){0};
+            }
+#pragma GCC unroll 4
+            for (int size = 1; size < LANES; size *= 2) {
+#pragma GCC unroll 8
+                for (int i = 0; i < LANES / 2; i++) {
+                    y[2 * i] = IN_TURNS(x[i], x[i + LANES / 2], FIRST_HALVES);
+                    y[2 * i + 1] = IN_TURNS(x[i], x[i + LANES / 2], SECOND_HALVES);
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) {
+                    x[i] = y[i];
+                }
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                if (c + i < columns) {
+                    vector_store(to + (c + i) * to_row + r, x[i]);
+                }
             }
         }
     }
-    for (int64_t c = 0; c < columns; c++) {
-        for (int64_t i = rows; i < whole_vectors(rows); i++) {
-            to[c * to_row + i] = 0;
-        }
+}
+
+/* to [width] = scale from [width] */
+INLINE void scaled_row(int64_t width, real scale, const real *restrict from, real *restrict to) {
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) {
+        vector_store(to + c, vector_of(scale) * vector_load(from + c));
+    }
+    for (; c < width; c++) {
+        to[c] = scale * from[c];
+    }
+}
+
+/* to [width] = from [width], whole vectors */
+INLINE void copy_row(int64_t width, const real *restrict from, real *restrict to) {
+    for (int64_t c = 0; c < width; c += LANES) {
+        vector_store(to + c, vector_load(from + c));
     }
 }
 
@@ -165,7 +257,7 @@ static void load_rows(int64_t rows, int64_t width, const real *restrict from, in
                       real *restrict to, int64_t to_row) {
     const int64_t full = whole_vectors(width);
     for (int64_t r = 0; r < rows; r++) {
-        memcpy(to + r * to_row, from + r * from_row, (size_t)width * sizeof(real));
+        scaled_row(width, 1, from + r * from_row, to + r * to_row);
         for (int64_t c = width; c < full; c++) {
             to[r * to_row + c] = 0;
         }
@@ -175,7 +267,7 @@ static void load_rows(int64_t rows, int64_t width, const real *restrict from, in
 static void store_rows(int64_t rows, int64_t width, const real *restrict from, int64_t from_row,
                        real *restrict to, int64_t to_row) {
     for (int64_t r = 0; r < rows; r++) {
-        memcpy(to + r * to_row, from + r * from_row, (size_t)width * sizeof(real));
+        scaled_row(width, 1, from + r * from_row, to + r * to_row);
     }
 }
 

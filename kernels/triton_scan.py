@@ -28,7 +28,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 @triton.jit
 def rows_of(tile, BLOCK: tl.constexpr):
-    """The 16 rows of a tile [16, BLOCK]. The splits move nothing: a row's channels and all rows share lanes."""
+    """The 16 rows of a tile [16, BLOCK]. The splits move nothing: a channel's rows lie in one lane."""
     t = tl.permute(tl.reshape(tile, [2, 2, 2, 2, BLOCK]), [4, 0, 1, 2, 3])
     a, b = tl.split(t)
     aa, ab = tl.split(a)
@@ -58,6 +58,7 @@ def pack_masks_kernel(
     GROUP: tl.constexpr,
     WORDS: tl.constexpr,
 ):
+    """WORDS words of one sequence."""
     row = tl.program_id(1).to(tl.int64)
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     bit = tl.arange(0, GROUP)[None, :]

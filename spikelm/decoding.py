@@ -279,6 +279,8 @@ def pack_weights(model: nn.Module) -> None:
 
 
 def _check_model(model: SpikeLM) -> None:
+    if type(model) is not SpikeLM:
+        raise PlanError(f"the model is a {type(model).__name__}; decode plans are written for SpikeLM itself")
     if model.head is None:
         raise PlanError("the model has no head, so there are no tokens to decode")
     if model.training and model.config.dropout:

@@ -54,6 +54,7 @@ def generate(
     ignore_eos: bool = False,
     ctx: Context = EMPTY,
     on_prefill: Callable[[int], None] | None = None,
+    planned: bool = True,
 ) -> Iterator[Piece]:
     """Continue ``prompt``; one piece per token, as soon as it is known.
 
@@ -71,6 +72,8 @@ def generate(
         ignore_eos: go on after an end-of-document token.
         ctx: a meter, if spikes are to be counted.
         on_prefill: called with the number of prompt tokens done after each chunk.
+        planned: whether a decode plan may be used, for which the model's parameters move in memory (they stay
+            the same objects); false between steps of training.
 
     Raises:
         ConfigError: max_tokens, chunk or stop has an impossible value.
@@ -89,7 +92,17 @@ def generate(
         )
     tokens = prompt_tokens(tokenizer, prompt)
     return _pieces(
-        model, tokenizer, tokens, max_tokens, sampler, chunk, tuple(stop), ignore_eos, ctx, on_prefill
+        model,
+        tokenizer,
+        tokens,
+        max_tokens,
+        sampler,
+        chunk,
+        tuple(stop),
+        ignore_eos,
+        ctx,
+        on_prefill,
+        planned,
     )
 
 
@@ -142,11 +155,12 @@ def _pieces(
     ignore_eos: bool,
     ctx: Context,
     on_prefill: Callable[[int], None] | None,
+    planned: bool,
 ) -> Iterator[Piece]:
     if max_tokens == 0:
         return
-    device = model.embedding.weight.device
-    planned = wanted(model, ctx)
+    device = next(model.parameters()).device
+    planned = planned and wanted(model, ctx)
     history = History(tokens)
     stream, tail = tokenizer.decode_stream(), StopStrings(stop)
     training = model.training

@@ -27,8 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikelm import state as states
 from spikelm.errors import PlanError
+from spikelm.kernels.int8_linear import in_out
 from spikelm.recurrence import Context, Part
 from spikelm.state import State
+from spikelm.weights import Int8Linear, choose_layout
 
 if TYPE_CHECKING:
     from spikelm.model import SpikeLM
@@ -88,6 +90,7 @@ class GraphDecode:
             self._room = model.capacity(self._template)
             self._used = [0] * slots
             if capture:
+                lay_out(model)
                 found = host_read(model, self._template)
                 if found is not None:
                     raise PlanError(f"the model's step cannot be captured: {found}")
@@ -243,6 +246,24 @@ class _Call:
         _paired(plan.pool, new, lambda pool, value: pool.index_copy_(0, rows, value.to(pool.dtype)))
         logits = torch.where(active[:, None], logits[:, -1], 0.0)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def lay_out(model: SpikeLM) -> int:
+    """Lay int8 weights whose inputs were mostly silent out by rows of inputs, for event-driven reading.
+
+    By ``model.firing``, what its checkpoint says of each projection. Values, shapes and results stay; there
+    is one copy as before, with other strides. Packed weights (CPUs) have their own layout.
+
+    Returns:
+        Matrices that were laid out anew.
+    """
+    found = 0
+    for path, silent in model.firing.items():
+        linear = getattr(model.get_submodule(path), "linear", None)
+        if isinstance(linear, Int8Linear) and linear.packed is None and choose_layout(silent) == "in_out":
+            linear.weight = in_out(linear.weight)
+            found += 1
+    return found
 
 
 def _paired(pool: State, state: State, action: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,7 @@ from spikelm.recurrence import Context
 
 logger = logging.getLogger(__name__)
 _idle: WeakKeyDictionary[SpikeLM, list[DecodePlan]] = WeakKeyDictionary()
+_lock = Lock()
 _refused: WeakKeyDictionary[SpikeLM, str] = WeakKeyDictionary()
 
 
@@ -29,6 +31,8 @@ def wanted(model: SpikeLM, ctx: Context) -> bool:
 
     A model in training mode is left alone: its parameters belong to an optimiser, perhaps in flat buffers.
     """
+    if type(model) is not SpikeLM:
+        return False
     plain = ctx.meter is None and ctx.coding is None and ctx.random is None
     weight = model.embedding.weight
     return (
@@ -49,19 +53,22 @@ def plan_of(model: SpikeLM, max_len: int) -> Iterator[DecodePlan | None]:
         model: float32 or int8 model on the CPU.
         max_len: tokens to make room for where memory grows.
     """
-    plan = _take(model, max_len)
+    with _lock:
+        plan = _take(model, max_len)
     try:
         yield plan
     finally:
         if plan is not None:
-            _idle.setdefault(model, []).append(plan)
+            with _lock:
+                _idle.setdefault(model, []).append(plan)
 
 
 def _take(model: SpikeLM, max_len: int) -> DecodePlan | None:
-    idle = _idle.get(model, [])
-    fresh = [plan for plan in idle if plan.threads == torch.get_num_threads() and not plan.stale(model)]
-    idle[:] = fresh
-    for plan in fresh:
+    """An idle plan that still fits, or a new one; those that do not fit any more are dropped."""
+    threads = torch.get_num_threads()
+    idle = [plan for plan in _idle.get(model, []) if plan.threads == threads and not plan.stale(model)]
+    _idle[model] = idle
+    for plan in idle:
         if plan.max_len is None or plan.max_len >= max_len:
             idle.remove(plan)
             return plan

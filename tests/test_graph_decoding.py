@@ -11,8 +11,9 @@ from torch import Tensor
 from spikelm import state as states
 from spikelm.config import ModelConfig
 from spikelm.errors import PlanError, StateError
-from spikelm.graph_decoding import GraphDecode, host_read
+from spikelm.graph_decoding import GraphDecode, host_read, lay_out
 from spikelm.model import SpikeLM
+from spikelm.projection import Projection
 from spikelm.state import State
 
 ADAPTIVE = {"placement": "before", "neuron": {"name": "adaptive", "dead_zone": 0.5}}
@@ -193,3 +194,25 @@ def test_full_memory_is_refused_before_anything_changes() -> None:
     equal(plan.read(0), before)
     plan.reset(1)
     plan.step(torch.tensor([1, 1]), torch.tensor([0, 1]))
+
+
+def test_weights_of_silent_inputs_are_laid_out_by_inputs() -> None:
+    model = build("int8")
+    tokens = torch.arange(5)[None]
+    with torch.no_grad():
+        before, _ = model(tokens, model.init_state(1))
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        paths = [
+            name
+            for name, part in model.named_modules()
+            if isinstance(part, Projection) and "head" not in name
+        ]
+        model.firing = {path: 0.9 if number % 2 else 0.1 for number, path in enumerate(paths)}
+        assert lay_out(model) == len(paths) // 2
+        for number, path in enumerate(paths):
+            weight = model.get_submodule(path).linear.weight
+            assert weight.stride(0) == (1 if number % 2 else weight.shape[1])
+        after, _ = model(tokens, model.init_state(1))
+    assert torch.equal(before, after)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])

@@ -115,9 +115,9 @@ class Periodic:
             model.eval()
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 sampler = Sampler(temperature=0.8, top_p=0.95, seed=config.seed)
-                for piece in generate(
-                    model, self._tokenizer, config.sample_prompt, config.sample_tokens, sampler
-                ):
+                prompt, length = config.sample_prompt, config.sample_tokens
+                # No plan: it would move parameters that an optimiser may hold in flat buffers.
+                for piece in generate(model, self._tokenizer, prompt, length, sampler, planned=False):
                     text += piece.text
                     self._backend.ranks.watchdog.beat()
                     if alone and stopped():

@@ -1,7 +1,7 @@
 """Adaptive spike encoding: floating activations to integer counts and one threshold per row.
 
-Forms: reference.py (the equations), eager.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs). Equations
-are written in reference.py. Source: SpikingBrain, https://arxiv.org/abs/2509.05276, section 3.3.
+Forms: reference.py (the equations), eager.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs).
+Equations are written in reference.py. Source: SpikingBrain, https://arxiv.org/abs/2509.05276, section 3.3.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def adaptive_encode_int8(
 
 
 def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
-    """N V in the threshold's dtype. (torch multiplies integers by floats in one pass; nothing to gain here.)"""
+    """N V in the threshold's dtype."""
+    # torch multiplies integers by floats in one pass: a kernel of our own would gain nothing
     return torch.mul(counts, threshold.detach()).to(threshold.dtype)
 
 
@@ -104,6 +105,7 @@ def _forward(
                 ROWS=chosen.rows,
                 BLOCK=chosen.block,
                 WHOLE=chosen.whole,
+                DEAD=dead_zone != 0,
                 ALIGN=alignment(width),
                 num_warps=chosen.num_warps,
             )
@@ -147,7 +149,7 @@ def _(x: Tensor, k: float, dead_zone: float, cap: int, mean: Tensor | None) -> t
 
 @torch.library.custom_op("spikelm::encode_triton_backward", mutates_args=())
 def encode_triton_backward(
-    grad_counts: Tensor, x: Tensor, threshold: Tensor, edge: Tensor, cap: int
+    grad_counts: Tensor, x: Tensor, threshold: Tensor, edge: Tensor, cap: int, dead: bool
 ) -> Tensor:
     """Gradient of x [.., D] in its dtype."""
     x, threshold, edge = x.contiguous(), threshold.contiguous(), edge.contiguous()
@@ -167,6 +169,7 @@ def encode_triton_backward(
                 width,
                 ROWS=chosen.rows,
                 BLOCK=chosen.block,
+                DEAD=dead,
                 ALIGN=alignment(width),
                 num_warps=chosen.num_warps,
             )
@@ -174,19 +177,20 @@ def encode_triton_backward(
 
 
 @encode_triton_backward.register_fake
-def _(grad_counts: Tensor, x: Tensor, threshold: Tensor, edge: Tensor, cap: int) -> Tensor:
+def _(grad_counts: Tensor, x: Tensor, threshold: Tensor, edge: Tensor, cap: int, dead: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, _, ctx.cap, _ = inputs
+    x, _, dead_zone, ctx.cap, _ = inputs
+    ctx.dead = dead_zone != 0
     _, threshold, edge = output
     ctx.save_for_backward(x, threshold, edge)
     ctx.mark_non_differentiable(threshold, edge)
 
 
 def _backward(ctx: Any, grad_counts: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return encode_triton_backward(grad_counts, *ctx.saved_tensors, ctx.cap), None, None, None, None
+    return encode_triton_backward(grad_counts, *ctx.saved_tensors, ctx.cap, ctx.dead), None, None, None, None
 
 
 encode_triton_forward.register_autograd(_backward, setup_context=_setup)
@@ -224,6 +228,7 @@ def compilations(target: str) -> list[Compilation]:
         for width in (64, 4096, 8192, 65536, 4095):
             chosen = config(width)
             constants = {"ROWS": chosen.rows, "BLOCK": chosen.block, "ALIGN": alignment(width)}
+            constants["DEAD"] = width != 4096
             whole = {**constants, "WHOLE": chosen.whole}
             training = {**whole, "mean_ptr": None, "statistics_ptr": None}
             inference = {**whole, "mean_ptr": None, "edge_ptr": None}

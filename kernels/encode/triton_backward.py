@@ -1,11 +1,11 @@
-"""Backward Triton kernel of adaptive spike encoding: straight through, with the cap's mask recomputed from x."""
+"""Backward Triton kernel of adaptive spike encoding: straight through, the cap's mask recomputed from x."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from spikelm.kernels.encode.triton_common import count_of
+from spikelm.kernels.encode.triton_common import counts_of
 
 
 @triton.jit(do_not_specialize=["rows", "width"])
@@ -20,6 +20,7 @@ def encode_backward_kernel(
     width,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEAD: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """grad_counts / threshold, 0 where the cap cut a count."""
@@ -33,6 +34,6 @@ def encode_backward_kernel(
     at = (row.to(tl.int64) * width)[:, None] + column
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_counts_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    count, _ = count_of(x, threshold, edge, cap)
-    grad_x = tl.where(tl.abs(count) > cap, 0.0, tl.div_rn(grad, threshold))
+    count, _ = counts_of(x, threshold, edge, cap, DEAD, False)
+    grad_x = tl.where(tl.abs(count) > cap, 0.0, grad * tl.div_rn(1.0, threshold))
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)

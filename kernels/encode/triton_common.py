@@ -27,15 +27,31 @@ def threshold_of(mean, k):
 
 
 @triton.jit
-def count_of(x, threshold, edge, cap):
-    """Count before the cap and after it. NaN falls through the comparisons."""
-    count = round_half_even(tl.div_rn(x, threshold))
-    count = tl.where(tl.abs(x) < edge, 0.0, count)
-    capped = tl.where(count > cap, cap, tl.where(count < -cap, -cap, count))
+def counts_of(x, threshold, edge, cap, DEAD: tl.constexpr, INT8: tl.constexpr):
+    """Count before the cap and after it, of a tile.
+
+    x / V is rounded by a product with 1 / V, exact but near a half; where any element of the tile lies within
+    a few roundings of one (or is huge, or no number), the tile is divided. DEAD: there is a dead zone.
+    INT8: capped has 0 for NaN.
+    """
+    inverse = tl.div_rn(1.0, threshold)
+    count = (x * inverse + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no room for fractions
+    off = tl.abs(x * inverse - count)
+    sure = off + tl.abs(count) * 4.76837158203125e-07 < 0.4999995
+    capped = tl.minimum(tl.maximum(count, -cap), cap)
+    if tl.max(tl.max(tl.where(sure, 0.0, 1.0), 1), 0) > 0.0:
+        count = round_half_even(tl.div_rn(x, threshold))
+        capped = tl.where(count > cap, cap, tl.where(count < -cap, -cap, count))
+        if INT8:
+            capped = tl.where(capped == capped, capped, 0.0)
+    if DEAD:
+        count = tl.where(tl.abs(x) < edge, 0.0, count)
+        capped = tl.where(tl.abs(x) < edge, 0.0, capped)
     return count, capped
 
 
 @triton.jit
-def as_int8(count):
-    """int8, with 0 for NaN."""
-    return tl.where(count == count, count, 0.0).to(tl.int8)
+def as_int8(capped):
+    """int8 of a count up to 127: the low byte of its sum with 1.5 * 2^23."""
+    bits = (capped + 12582912.0).to(tl.int32, bitcast=True)
+    return bits.to(tl.int8)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spikelm.kernels.encode.triton_common import as_int8, count_of, threshold_of
+from spikelm.kernels.encode.triton_common import as_int8, counts_of, threshold_of
 
 
 @triton.jit
-def _statistics(count, capped, inside, cap):
+def _statistics(count, capped, cap, padding):
     """Silent channels, sum of |count|, counts cut off and largest |count| of every row."""
-    size = tl.where(inside, tl.abs(as_int8(capped).to(tl.int32)), 0)
-    silent = tl.sum((inside & (size == 0)).to(tl.int32), 1)
-    clipped = tl.sum((inside & (tl.abs(count) > cap)).to(tl.int32), 1)
+    # Whole numbers below 2^24: float32 adds them exactly. Padding holds zeros.
+    size = tl.abs(capped)
+    silent = tl.sum(tl.where(size == 0.0, 1.0, 0.0), 1) - padding
+    clipped = tl.sum(tl.where(tl.abs(count) > cap, 1.0, 0.0), 1)
     return silent, tl.sum(size, 1), clipped, tl.max(size, 1)
 
 
@@ -41,8 +42,10 @@ def encode_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # a row fits one block
+    DEAD: tl.constexpr,  # there is a dead zone
     ALIGN: tl.constexpr,  # width is a multiple of it
 ):
+    """Everything of ROWS rows."""
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
@@ -70,23 +73,29 @@ def encode_forward_kernel(
     tl.store(threshold_ptr + row, threshold, mask=there)
     if edge_ptr is not None:
         tl.store(edge_ptr + row, edge, mask=there)
-    silent = tl.zeros([ROWS], tl.int32)
-    total_size = tl.zeros([ROWS], tl.int32)
-    clipped = tl.zeros([ROWS], tl.int32)
-    largest = tl.zeros([ROWS], tl.int32)
+    silent = tl.zeros([ROWS], tl.float32)
+    total_size = tl.zeros([ROWS], tl.float32)
+    clipped = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
     if WHOLE:
-        count, capped = count_of(x, threshold[:, None], edge[:, None], cap)
+        count, capped = counts_of(
+            x, threshold[:, None], edge[:, None], cap, DEAD, counts_ptr.dtype.element_ty == tl.int8
+        )
         _store_counts(counts_ptr, start + column, capped, inside)
         if statistics_ptr is not None:
-            silent, total_size, clipped, largest = _statistics(count, capped, inside, cap)
+            silent, total_size, clipped, largest = _statistics(count, capped, cap, BLOCK - width)
     else:
         for first in range(0, width, BLOCK):
             mask = there[:, None] & (first + column < width)
             x = tl.load(x_ptr + start + first + column, mask=mask, other=0.0).to(tl.float32)
-            count, capped = count_of(x, threshold[:, None], edge[:, None], cap)
+            count, capped = counts_of(
+                x, threshold[:, None], edge[:, None], cap, DEAD, counts_ptr.dtype.element_ty == tl.int8
+            )
             _store_counts(counts_ptr, start + first + column, capped, mask)
             if statistics_ptr is not None:
-                own_silent, own_size, own_clipped, own_largest = _statistics(count, capped, mask, cap)
+                own_silent, own_size, own_clipped, own_largest = _statistics(
+                    count, capped, cap, tl.maximum(first + BLOCK - width, 0)
+                )
                 silent += own_silent
                 total_size += own_size
                 clipped += own_clipped

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ShapeError
-from spikelm.kernels.dispatch import choose
+from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gated_delta import autograd, chunked, reference
+from spikelm.kernels.gated_delta.decode import gated_delta_decode
 from spikelm.kernels.masks import check_companions, check_masks
 
-__all__ = ["gated_delta"]
+__all__ = ["gated_delta", "gated_delta_decode"]
 
 _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None],
@@ -71,7 +72,21 @@ def gated_delta(
     _check(q, k, v, g, beta, state)
     check_companions("gated_delta", k, q=q, v=v, g=g, beta=beta, state=state)
     check_masks(k, reset, valid)
-    form = _FORMS[choose("gated_delta", k.device)]
+    name = choose(
+        "gated_delta",
+        k.device,
+        kernel="sequence",
+        dtype=str(q.dtype).removeprefix("torch."),
+        K=k.shape[3],
+        V=v.shape[3],
+    )
+    if name == "triton":
+        from spikelm.kernels.gated_delta import triton
+
+        if backend() != AUTO or triton.check(q, k, v, g, beta, state) is None:
+            return triton.gated_delta(q, k, v, g, beta, state, scale, reset, valid)
+        name = "torch"
+    form = _FORMS[name]
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
     with _full_precision(k.device):
         o, last = form(

@@ -128,12 +128,13 @@ void gated_delta_forward(int64_t batch, int64_t steps, int64_t heads, int64_t gr
     (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < batch * groups; task++) {
-        const struct group group =
+        struct group group =
             group_of(steps, heads, groups, key_dim, value_dim, task, scale, q, k, v, g, reset, valid);
         const int64_t row = task / groups, head = task % groups;
         const real *strength = beta + row * steps * groups + head, *state = state_in + task * size;
         real *o_group = o + row * steps * group.o_token + head * group.share * value_dim;
         real *kept = states ? states + task * chunks * size : NULL;
+        add_target(&group, o_group, group.o_token, group.share * value_dim);
         if (steps == 1) {
             step_group(&group, strength, state, o_group, state_out + task * size);
             if (kept) {
@@ -166,6 +167,9 @@ void gated_delta_backward(int64_t batch, int64_t steps, int64_t heads, int64_t g
                                               .v = grad_v + at * group.v_token + head * value_dim,
                                               .g = grad_g + at * groups + head,
                                               .beta = grad_beta + at * groups + head};
+        add_target(&group, grads.q, group.q_token, group.share * key_dim);
+        add_target(&group, grads.k, group.k_token, key_dim);
+        add_target(&group, grads.v, group.v_token, value_dim);
         group.grad_o = grad_o + at * group.o_token + head * group.share * value_dim;
         group.ahead = -CHUNK;
         struct delta_backward own;

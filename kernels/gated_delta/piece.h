@@ -106,10 +106,9 @@ static void delta_writes(const struct group *group, const struct piece *piece, c
         own->total[c] = total;
     }
     transpose(piece->full, group->key_dim, own->k, row.key, own->lanes, row.token);
-    prefetch_chunk(group, piece);
-    kept_weights(piece->full, group->share, group->key_dim, own->q, row.key, own->lanes, own->kept, row.token,
+    kept_weights(group, piece, group->share, own->q, row.key, own->lanes, own->kept, row.token,
                  own->weights);
-    kept_weights(piece->full, 1, group->key_dim, own->k, row.key, own->lanes, own->kept, row.token,
+    kept_weights(group, piece, 1, own->k, row.key, own->lanes, own->kept, row.token,
                  own->overlap);
     product(piece->full, group->value_dim, group->key_dim, own->k, row.key, 1, own->state, row.value, own->known,
             row.value, FORGET, NULL);

@@ -1,8 +1,8 @@
 """Gated linear attention: a matrix state per head that decays by data-dependent gates.
 
 Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs). Equations and masks are
-written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by SpikingBrain,
-https://arxiv.org/abs/2509.05276.
+written in reference.py. Source: Yang et al. 2023 (GLA), https://arxiv.org/abs/2312.06635; used by
+SpikingBrain, https://arxiv.org/abs/2509.05276.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gla import autograd, chunked, reference
+from spikelm.kernels.gla.decode import gla_decode
 from spikelm.kernels.masks import check_companions, check_masks
 
-__all__ = ["gla", "initial_state"]
+__all__ = ["gla", "gla_decode", "initial_state"]
 
 _Form = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, Tensor | None],
@@ -27,29 +28,8 @@ _Form = Callable[
 ]
 
 
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    state: Tensor,
-    scale: float,
-    reset: Tensor | None,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from spikelm.kernels.gla import triton
-
-    return triton.gla(q, k, v, g, state, scale, reset, valid)
-
-
-def _fits_triton(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> bool:
-    from spikelm.kernels.gla import triton
-
-    return triton.check(q, k, v, g, state) is None
-
-
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla, "triton": _triton}
+    {"reference": reference.gla, "torch": chunked.gla, "c": autograd.gla}
 )
 
 
@@ -104,10 +84,20 @@ def gla(
     _check(q, k, v, g, state)
     check_companions("gla", q, k=k, v=v, g=g, state=state)
     check_masks(q, reset, valid)
-    name = choose("gla", q.device)
+    name = choose(
+        "gla",
+        q.device,
+        kernel="sequence",
+        dtype=str(q.dtype).removeprefix("torch."),
+        K=q.shape[3],
+        V=v.shape[3],
+        gate="none" if g is None else "channel" if g.shape[3] == q.shape[3] else "head",
+    )
     if name == "triton":
-        if backend() != AUTO or _fits_triton(q, k, v, g, state):
-            return _triton(q, k, v, g, state, scale, reset, valid)
+        from spikelm.kernels.gla import triton
+
+        if backend() != AUTO or triton.check(q, k, v, g, state) is None:
+            return triton.gla(q, k, v, g, state, scale, reset, valid)
         name = "torch"
     form = _FORMS[name]
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))

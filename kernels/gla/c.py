@@ -1,9 +1,9 @@
 """Gated linear attention in C (op.c) as torch custom ops for CPU tensors, float32 or float64.
 
-A call walks chunks of CHUNK tokens from its first token on. A token's output does not depend on later tokens,
-the batch, or the number of threads, to the bit; a text that is cut into several calls gives the same bits where
-the cuts fall on multiples of CHUNK, elsewhere the sums have another order and results agree to rounding. A
-call with one token runs step.h, the step of a decode plan.
+A call walks chunks of CHUNK tokens from its first token on. The bits of a token's output depend neither on
+later (finite) tokens, nor on the batch, nor on the number of threads. A text that is cut into several calls
+gives the same bits where the cuts fall on multiples of CHUNK; elsewhere sums run in another order, and
+results agree to rounding. A call with one token runs step.h, the step of a decode plan.
 
 Training keeps the inputs and the state at the start of every chunk: K V values per CHUNK tokens and key-value
 head.
@@ -57,7 +57,7 @@ def gla_forward(
     valid: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, T, H, V], last state [B, G, K, V], states [B, G, chunks, K, V] (no chunks without ``keep``)."""
+    """Output [B, T, H, V], last state [B, G, K, V], and with ``keep`` states [B, G, chunks, K, V]."""
     q, k, v, state = (x.contiguous() for x in (q, k, v, state))
     g = None if g is None else g.contiguous()
     sizes = _sizes(q, k, v, g)

@@ -55,17 +55,13 @@ static void load_channel_decays(const struct group *group, const struct piece *p
     const int64_t width = group->key_dim, whole = whole_vectors(width);
     for (int64_t t = 0; t < piece->full; t++, to += row) {
         const int here = t < piece->count && (!piece->valid || piece->valid[t]);
-        const real *restrict g = group->g + (piece->first + (here ? t : 0)) * group->g_token;
+        const real *g = group->g + (piece->first + (here ? t : 0)) * group->g_token;
         int64_t c = 0;
-        if (here) {
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++) {
-                to[i] = exp_nonpositive(g[i]);
-            }
-            c = width;
+        for (; here && c + LANES <= width; c += LANES) {
+            vector_store(to + c, vector_exp_nonpositive(vector_load(g + c)));
         }
         for (; c < whole; c++) {
-            to[c] = 1;
+            to[c] = here && c < width ? exp_nonpositive(g[c]) : (real)1;
         }
     }
 }
@@ -99,9 +95,9 @@ static void block_weights(const struct group *group, const struct piece *piece, 
     const int64_t width = whole_vectors(group->key_dim), share = group->share;
     for (int64_t start = 0; start < piece->full; start += LANES) {
         real *lanes = own->lanes + start, *since = own->since + start * own->row.key;
-        prefetch_tokens(group, piece, start);
         for (int i = 0; i < LANES; i++) {
             const int64_t t = start + i;
+            prefetch_token(group, piece, t);
             const real *decay = own->decay + t * own->row.key;
             real *q = own->q + t * share * own->row.key;
             real *weights = own->weights + t * share * own->row.token + start;
@@ -111,7 +107,7 @@ static void block_weights(const struct group *group, const struct piece *piece, 
                 product(share - 1, LANES, group->key_dim, q + own->row.key, own->row.key, 1, lanes,
                         own->row.token, weights + own->row.token, own->row.token, FORGET, NULL);
             }
-            memcpy(since, decay, (size_t)width * sizeof(real));
+            copy_row(width, decay, since);
             if (i > 0) {
                 scale_row(width, since, since - own->row.key);
             }
@@ -120,7 +116,7 @@ static void block_weights(const struct group *group, const struct piece *piece, 
             }
             since += own->row.key;
         }
-        memcpy(own->total + start / LANES * own->row.key, since - own->row.key, (size_t)width * sizeof(real));
+        copy_row(width, since - own->row.key, own->total + start / LANES * own->row.key);
     }
 }
 

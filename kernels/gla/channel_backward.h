@@ -63,7 +63,7 @@ static void decay_keys(const struct piece *piece, int64_t width, const struct ch
                                                        : vector_load(until + key + c)
                                                              * vector_load(own->forward.decay + (start + i + 1) * key + c));
             }
-            memcpy(own->k + (start + i) * key, own->forward.k + (start + i) * key, (size_t)width * sizeof(real));
+            copy_row(width, own->forward.k + (start + i) * key, own->k + (start + i) * key);
             scale_row(width, own->k + (start + i) * key, until);
         }
     }

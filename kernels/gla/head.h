@@ -73,8 +73,7 @@ static void head_weights(const struct group *group, const struct piece *piece, c
         own->total[c] = total;
     }
     transpose(piece->full, group->key_dim, own->k, row.key, own->lanes, row.token);
-    prefetch_chunk(group, piece);
-    kept_weights(piece->full, group->share, group->key_dim, own->q, row.key, own->lanes, own->kept, row.token,
+    kept_weights(group, piece, group->share, own->q, row.key, own->lanes, own->kept, row.token,
                  own->weights);
 }
 

@@ -173,9 +173,10 @@ void gla_forward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, in
     (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < batch * groups; task++) {
-        const struct group group = group_of(&sizes, task, scale, q, k, v, g, reset, valid);
+        struct group group = group_of(&sizes, task, scale, q, k, v, g, reset, valid);
         const int64_t row = task / groups, head = task % groups;
         real *o_group = o + row * steps * group.o_token + head * group.share * value_dim;
+        add_target(&group, o_group, group.o_token, group.share * value_dim);
         real *kept = states ? states + task * chunks * size : NULL;
         if (steps == 1) {
             step_group(&group, state_in + task * size, o_group, state_out + task * size);
@@ -210,6 +211,12 @@ void gla_backward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, i
             .k = grad_k + at * group.k_token + head * key_dim,
             .v = grad_v + at * group.v_token + head * value_dim,
             .g = grad_g ? grad_g + at * group.g_token + head * gates : NULL};
+        add_target(&group, grads.q, group.q_token, group.share * key_dim);
+        add_target(&group, grads.k, group.k_token, key_dim);
+        add_target(&group, grads.v, group.v_token, value_dim);
+        if (gates > 1) {
+            add_target(&group, grads.g, group.g_token, gates);
+        }
         struct own own;
         take_own(&own, &group, by_channel(&sizes), 1, scratch + thread_number() * scratch_size);
         backward_group(&group, &own, by_channel(&sizes), states + task * chunks * size,

@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -53,27 +52,37 @@ def tiles(kernel: str, target: str, key_block: int, value_dim: int, wide: bool) 
     """
     small = target not in ("sm_80", "sm_90", "sm_100")
     value_block = power_of_2(value_dim)
-    chunk = 32 if key_block > 128 or wide or small else 64
+    if wide:
+        # Full float32 products run outside the tensor cores and hold their operands in registers.
+        return _wide(kernel, key_block, value_block)
+    chunk = 32 if key_block > 128 or small else 64
     if kernel == "sweep":
         return Tiles(chunk=chunk, values=min(value_block, 64), keys=min(key_block, 64), warps=4, stages=2)
     parts = 2 if key_block > 64 else 1
     keys = key_block // parts
     if kernel == "strong":
-        return Tiles(
-            chunk=chunk, values=min(value_block, 64), keys=keys, warps=8 if keys > 64 else 4, stages=1
-        )
+        return Tiles(chunk=chunk, values=min(value_block, 32), keys=16, warps=8, stages=1)
     if kernel == "keys":
-        values = min(value_block, 64 if small or wide else 128)
-        return Tiles(chunk=chunk, values=values, keys=min(key_block, 32), warps=4, stages=2)
+        values = min(value_block, 32 if small else 64 if key_block > 128 else 128)
+        keys = 16 if key_block > 128 or small else min(key_block, 32)
+        return Tiles(chunk=chunk, values=values, keys=keys, warps=8, stages=1)
     if kernel == "values":
-        return Tiles(
-            chunk=chunk, values=min(value_block, 64 if keys < 128 else 32), keys=keys, warps=4, stages=2
-        )
-    area = 128 * 128 if not (wide or small) else 64 * 64
+        values = min(value_block, 64 if keys < 128 else 16)
+        return Tiles(chunk=chunk, values=values, keys=keys, warps=8, stages=1)
+    area = 64 * 64 if small else 128 * 128
     values = max(16, min(value_block, 128, area // key_block))
-    return Tiles(
-        chunk=chunk, values=values, keys=keys, warps=8 if key_block * values > 64 * 64 else 4, stages=2
-    )
+    warps = 8 if key_block * values > 64 * 64 or key_block > 128 else 4
+    return Tiles(chunk=chunk, values=values, keys=keys, warps=warps, stages=1)
+
+
+def _wide(kernel: str, key_block: int, value_block: int) -> Tiles:
+    """Configurations for products of float32."""
+    values = min(value_block, 32)
+    if kernel in ("sweep", "strong", "keys"):
+        keys = min(key_block, 16 if kernel == "strong" else 32)
+        return Tiles(chunk=16, values=values, keys=keys, warps=8, stages=1)
+    keys = key_block // 2 if key_block > 64 else key_block
+    return Tiles(chunk=16, values=16 if key_block > 64 else values, keys=keys, warps=8, stages=1)
 
 
 def power_of_2(n: int) -> int:
@@ -103,6 +112,7 @@ class Products:
 
     @property
     def triton(self) -> Any:
+        """Triton's name of the element type."""
         return tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
 
 
@@ -245,6 +255,7 @@ def _strong(call: _Call, cut: Tiles) -> tuple[tuple[int, int, int], dict[str, An
         "N": heads,
         "C": cut.chunk,
         "BK": cut.keys,
+        "SUB": own.keys,
         "LEVELS": levels(cut.chunk),
     }
     launch = {"BOUND": bound(call.how), "num_warps": own.warps, "num_stages": own.stages}
@@ -665,7 +676,7 @@ def _compilations(
         if gate == 2 and name != "keys":
             kernel = strong_forward if name == "forward" else strong_backward
             own = cut_of("strong")
-            sizes |= {"LEVELS": levels(cut.chunk), "BV": own.values, "BK": cut.keys}
+            sizes |= {"LEVELS": levels(cut.chunk), "BV": own.values, "BK": cut.keys, "SUB": own.keys}
             add(kernel, kernel.__name__, own, given, both | sizes)
     chunk, cut = cut.chunk, cut_of("sweep")
     sizes = {"C": chunk, "BK": cut.keys, "BV": cut.values, "KEY_BLOCKS": -(-key_dim // cut.keys)}

@@ -1,19 +1,19 @@
 """The GLA kernels that go backward in time: ``keys`` gives dq, dk and dg, ``values`` gives dv.
 
-Both carry the gradient of the state (transposed, [V, K], so that no product takes a transposed accumulator) over
-the chunks from the last to the first. They are two because together they hold more tiles than there are
-registers. ``keys`` works on a block of key channels and reads the state before each chunk, which ``sweep`` has
-stored. The gradient of a gate, dg_t = sum over pairs j < t <= i, is a sum of these pairs alone, never a
-difference of all pairs of the queries and all pairs of the keys, which cancels under strong decay. A pair is one
-of
+Both carry the gradient of the state (transposed, [V, K], so that no product takes a transposed accumulator)
+over the chunks from the last to the first. They are two because together they hold more tiles than there are
+registers. ``keys`` works on a block of key channels and reads the state before each chunk, which ``sweep``
+has stored. The gradient of a gate, dg_t = sum over pairs j < t <= i, is a sum of these pairs alone, never a
+difference of all pairs of the queries and all pairs of the keys, which cancels under strong decay. A pair
+is one of
 
 - state before the chunk, state after it: reaches every t of the chunk;
 - state before, i in the chunk: t <= i, a sum from the end; j in the chunk, state after: t > j, a sum from the
   start;
 - both in the chunk: joined by one level of the doubling (i in a right block: t <= i within it; j in the left
-  block: t > j within it), see triton_strong.py. Where gates are mild the chunk is one block, and there alone the
-  pairs with j >= t are subtracted; both sums hold the same rounded factors, so that they cancel to float32's
-  precision.
+  block: t > j within it), see triton_strong.py. Where gates are mild the chunk is one block, and there
+  alone the pairs with j >= t are subtracted; both sums hold the same rounded factors, so that they cancel
+  to float32's precision.
 """
 
 import triton
@@ -61,9 +61,9 @@ def keys(
     """Gradients of q, k, g and of the state before the first token.
 
     Grid: (blocks of V times KEY_BLOCKS, B G, segments). ``states`` [B G, chunks, V, K] before each chunk,
-    ``grad_ends`` [B, G, segments, K, V] after each segment. dq, dk and dg per channel are [blocks of V, B, T, ...],
-    partial sums over V; dg per head is [blocks of V times KEY_BLOCKS, B, T, G]. In strong chunks (``flags``
-    [B G, chunks, PARTS of PART channels]) the first block of V holds what their pairs give.
+    ``grad_ends`` [B, G, segments, K, V] after each segment. dq, dk and dg per channel are [blocks of V, B,
+    T, ...], partial sums over V; dg per head is [blocks of V times KEY_BLOCKS, B, T, G]. In strong chunks
+    (``flags`` [B G, chunks, PARTS of PART channels]) the first block of V holds what their pairs give.
     """
     key_column = tl.program_id(0) % KEY_BLOCKS * BK
     column = tl.program_id(0) // KEY_BLOCKS * BV
@@ -124,7 +124,7 @@ def keys(
             to_gates = tl.cumsum(to_gates, axis=0) - to_gates
             to_gates += tl.sum(slope * state.to(tl.float32), axis=0)[None, :] * decay
             right_of = tl.zeros([C, BK], dtype=tl.float32)
-            lift = until * tl.exp2(-total)[None, :]
+            lift = until * tl.exp2(-tl.maximum(total, -100.0))[None, :]  # finite where strong, and unused
             near = (here_keys * lift).to(DOT)
         elif GATE == 1:
             left_of = tl.sum(here_keys * to_keys, axis=1)
@@ -187,7 +187,7 @@ def keys(
                 to_queries = tl.dot(down, loaded.to(DOT), acc=to_queries, input_precision=PRECISION)
             to_queries *= scale
             at_queries = dq + first * G * N * K + head * K
-            if GATE == 2:
+            if GATE == 2:  # noqa: SIM102 - without gates there is no ``strong``
                 if (strong != 0) & (column == 0):
                     to_queries += tile(at_queries, G * N * K, K, left, key_column, kept, C, BK, False).to(
                         tl.float32
@@ -244,8 +244,11 @@ def _values_part(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what BK key channels and a query head give to the weights ``product`` [C, C], to the gradient of the
-    state before the chunk, and (with the first head, ``leading``) what the keys give to ``to_values`` [BV, C]."""
+    """The share of BK key channels and a query head in dv.
+
+    Adds to the weights ``product`` [C, C], to the gradient of the state before the chunk, and, with the first
+    head (``leading``), what the keys give to ``to_values`` [BV, C].
+    """
     i = tl.arange(0, C)
     loaded = tile(k + first * G * K, G * K, K, left, column, kept, C, BK, HAS_VALID)
     queries = tile(q + first * G * N * K, G * N * K, K, left, column, kept, C, BK, HAS_VALID)
@@ -351,7 +354,7 @@ def values(
             if GATE == 2:
                 flag = flags + chunk * PARTS
                 at = weights + (wide + head * all_chunks + chunk) * (PARTS * C * C)
-            # The first head finds the gradient of the state after the chunk, the others add to that before it.
+            # The first head finds the gradient of the state after the chunk, the others add to that before.
             slope, product, to_values = _values_part(
                 grads,
                 q + head * K,

@@ -5,8 +5,8 @@ the gates from the chunk's start to a token, the token's own included, ``until``
 the chunk's end; both are sums of the tokens' own gates, never differences of larger sums, so that a gate of
 -inf (or a reset, which is the same) gives exactly zero and small gates survive beside large ones.
 
-Within a chunk token i sees token j < i with weight sum_c q_ic k_jc 2^(since_ic - since_jc). Where the gates of
-the whole chunk add up to no less than -BOUND, that is one product of two tiles on tensor cores:
+Within a chunk token i sees token j < i with weight sum_c q_ic k_jc 2^(since_ic - since_jc). Where the gates
+of the whole chunk add up to no less than -BOUND, that is one product of two tiles on tensor cores:
 ``q 2^since`` with ``k 2^until 2^-total``. Otherwise, decided per tile inside the kernel, neighbouring blocks
 of 1, 2, 4, ... tokens are joined as in doubling.py: each pair of blocks is a product of factors <= 1, exact
 for any gate. The tokens' own pairs (i = j) carry no gate.
@@ -100,7 +100,7 @@ def head_gates(
     HAS_RESET: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """Log2 gates [C] of a head's tokens from ``first``: 0 at invalid tokens, -inf at resets; zeros without gates (GATE 0)."""
+    """Log2 gates [C] of a head from ``first``: 0 at invalid tokens and without gates, -inf at resets."""
     i = tl.arange(0, C)
     x = tl.zeros([C], dtype=tl.float32)
     if GATE == 1:
@@ -170,7 +170,7 @@ def factors(
     HAS_RESET: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """Products of decays from the chunk's start to each token and from it to the end, and the sum of all gates.
+    """Decays from the chunk's start to each token and from it to the end, and the sum of all gates.
 
     Shapes [C, BK], [C, BK] and [BK]; without gates per channel [C, 1], [C, 1] and [1].
     """

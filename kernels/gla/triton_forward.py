@@ -1,8 +1,8 @@
 """GLA kernels that go forward in time, and the sweep over states that the two-pass forms share.
 
-A program holds one state (or a block of its columns) in float32 registers and walks the chunks of a segment of
-the text. A text is one segment where heads and rows fill the device; else it is cut into several, ``sweep``
-and ``combine`` first find the state at the start of each (two passes).
+A program holds one state (or a block of its columns) in float32 registers and walks the chunks of a segment
+of the text. A text is one segment where heads and rows fill the device; else it is cut into several,
+``sweep`` and ``combine`` first find the state at the start of each (two passes).
 """
 
 import triton
@@ -348,11 +348,11 @@ def sweep(
 ):
     """A state (transposed, [V, K]) carried over the chunks of a segment, without outputs.
 
-    Forward, ``rows`` are v [B, T, G, V] and ``keys`` k [B, T, G, K] (N = 1). In reverse they are the gradient of
-    o [B, T, G N, V] and q [B, T, G N, K], and the state is the gradient of the state. Grid: (blocks of K times
-    blocks of V, B G, segments). ``starts`` [B, G, segments, K, V] may be None for zeros. With STORE the state
-    before each chunk goes to ``states`` [B G, chunks, V, K]; with END what the segment leaves goes to ``ends``
-    [B, G, segments, K, V] and its decay to ``decays`` [B, G, segments, K].
+    Forward, ``rows`` are v [B, T, G, V] and ``keys`` k [B, T, G, K] (N = 1). In reverse they are the
+    gradient of o [B, T, G N, V] and q [B, T, G N, K], and the state is the gradient of the state. Grid:
+    (blocks of K times blocks of V, B G, segments). ``starts`` [B, G, segments, K, V] may be None for zeros.
+    With STORE the state before each chunk goes to ``states`` [B G, chunks, V, K]; with END what the segment
+    leaves goes to ``ends`` [B, G, segments, K, V] and its decay to ``decays`` [B, G, segments, K].
     """
     row_column = tl.program_id(0) // KEY_BLOCKS * BV
     key_column = tl.program_id(0) % KEY_BLOCKS * BK
@@ -408,10 +408,7 @@ def sweep(
             y = tile(
                 rows + first * G * N * V + head * V, G * N * V, V, left, row_column, kept, C, BV, HAS_VALID
             )
-            if REVERSE:
-                x = x.to(tl.float32) * scale * since
-            else:
-                x = x.to(tl.float32) * until
+            x = x.to(tl.float32) * scale * (since if REVERSE else until)
             state = tl.dot(tl.trans(y.to(DOT)), x.to(DOT), acc=state, input_precision=PRECISION)
 
     if END:

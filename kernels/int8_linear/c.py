@@ -48,7 +48,11 @@ def library() -> ctypes.CDLL:
     Raises:
         KernelError: it cannot be compiled here.
     """
-    found = load(Path(__file__).with_name("op.c"))
+    return typed(load(Path(__file__).with_name("op.c")))
+
+
+def typed(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions' arguments."""
     packed = ctypes.POINTER(Struct)
     found.int8_scratch_bytes.argtypes = [packed, c_int64, c_int]
     found.int8_packed_bytes.argtypes = [packed]
@@ -61,6 +65,7 @@ def library() -> ctypes.CDLL:
     found.int8_rows.restype = found.int8_sums.restype = None
     found.int8_pack.restype = found.int8_unpack.restype = None
     found.int8_counts.restype = c_int32
+    found.int8_variant.restype = ctypes.c_char_p
     return found
 
 

@@ -1,7 +1,7 @@
 /* The event-driven product of one row: only the weights of inputs that fired are read.
  *
- * Weights lie in tiles, [tiles][inputs][INT8_TILE outputs] bytes w + 128 (the last tile may be INT8_BLOCK wide): what one
- * input adds to a tile is one run of bytes. The inputs that fired are listed once per row, for all tiles:
+ * Weights lie in tiles, [tiles][inputs][INT8_TILE outputs] bytes w + 128 (the last tile may be INT8_BLOCK wide):
+ * what one input adds to a tile is one run of bytes. The inputs that fired are listed once per row, for all tiles:
  *   binary spikes: one entry each, their bytes are added without multiplication, in 16 bits;
  *   graded counts: pairs of entries, n0 w0 + n1 w1 in 16 bits.
  * The list is cut into segments, within which 16 bits hold every partial sum: 256 bytes of binary spikes, and
@@ -12,7 +12,7 @@
 #ifndef SPIKELM_INT8_EVENT_H
 #define SPIKELM_INT8_EVENT_H
 
-#include "dot.h"
+#include "vector.h"
 
 #define INT8_TILE 128
 #define INT8_AHEAD 32 /* entries whose weights are fetched ahead */
@@ -32,13 +32,13 @@ struct int8_events {
 /* Most entries of a row: every count could need a partner of its own. */
 static inline int64_t int8_events_entries(int64_t inputs) { return 2 * inputs + INT8_AHEAD + 2; }
 
-#if defined(HAVE_AVX2)
+#if defined(INT8_HAS_AVX2)
 INLINE __m256i int8_event_load(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
 #endif
 
 /* Bit i is set where counts[i] is not zero, for at most 64 counts. */
 INLINE uint64_t int8_fired(const int8_t *counts, int64_t n) {
-#if defined(HAVE_AVX2)
+#if defined(INT8_HAS_AVX2)
     if (n == 64) {
         const __m256i zero = _mm256_setzero_si256();
         const __m256i low = _mm256_cmpeq_epi8(int8_event_load((const uint8_t *)counts), zero);
@@ -99,7 +99,7 @@ static inline void int8_list_events(int64_t inputs, int64_t group, const int8_t 
     }
 }
 
-#if defined(HAVE_AVX2)
+#if defined(INT8_HAS_AVX2)
 
 /* sums [16] += two vectors of 16 whole numbers of 16 bits in the order that unpacking gives: first holds outputs
  * 0-7 and 16-23, second 8-15 and 24-31 */
@@ -125,7 +125,8 @@ INLINE void int8_add_binary(int vectors, int32_t begin, int32_t end, const int32
         both[v] = high[v] = _mm256_setzero_si256();
     }
     for (int32_t k = begin; k < end; k++) {
-        const uint8_t *row = tile + (int64_t)inputs[k] * width, *later = tile + (int64_t)inputs[k + INT8_AHEAD] * width;
+        const uint8_t *row = tile + (int64_t)inputs[k] * width;
+        const uint8_t *later = tile + (int64_t)inputs[k + INT8_AHEAD] * width;
         __builtin_prefetch(later);
         if (width > 64) {
             __builtin_prefetch(later + 64);

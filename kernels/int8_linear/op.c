@@ -6,6 +6,21 @@
 #include <omp.h>
 #endif
 
+/* Which instructions the dense product uses. */
+const char *int8_variant(void) {
+#if defined(INT8_AVX512)
+    return "avx512-vnni";
+#elif defined(INT8_AVXVNNI)
+    return "avx-vnni";
+#elif defined(INT8_AVX2)
+    return "avx2";
+#elif defined(INT8_NEON)
+    return "neon";
+#else
+    return "portable";
+#endif
+}
+
 /* Bytes of scratch for a call with this many threads. */
 int64_t int8_scratch_bytes(const struct packed_int8 *w, int64_t rows, int threads) {
     return threads * packed_scratch_bytes(w, rows);

@@ -2,7 +2,7 @@
 #ifndef SPIKELM_INT8_PANEL_H
 #define SPIKELM_INT8_PANEL_H
 
-#include "dot.h"
+#include "vector.h"
 
 #define INT8_PANEL 64 /* quads at a time: 16 KiB, which stay in the first cache */
 
@@ -16,7 +16,7 @@ static inline void int8_panel_of_inputs(int64_t inputs, int64_t stride, const ui
             row[k] = i + k < inputs ? from + (i + k) * stride : zeros;
         }
         uint8_t *to = panel + i / 4 * INT8_QUAD;
-#if defined(HAVE_SSE2)
+#if defined(INT8_HAS_SSE2)
         for (int o = 0; o < INT8_BLOCK; o += 16) {
             const __m128i a = _mm_loadu_si128((const __m128i *)(row[0] + o));
             const __m128i b = _mm_loadu_si128((const __m128i *)(row[1] + o));
@@ -45,16 +45,16 @@ static inline void int8_panel_of_rows(int64_t outputs, int64_t inputs, int64_t s
                                  uint8_t *panel) {
     const int64_t quads = (inputs + 3) / 4;
     int64_t o = 0;
-#if defined(HAVE_SSE2)
+#if defined(INT8_HAS_SSE2)
     const __m128i flip = _mm_set1_epi8((char)-128);
     for (; o + 4 <= outputs; o += 4) {
         int64_t i = 0;
         for (; i + 16 <= inputs; i += 16) {
-            const __m128i *at = (const __m128i *)(from + o * stride + i);
-            const __m128i a = _mm_xor_si128(_mm_loadu_si128(at), flip);
-            const __m128i b = _mm_xor_si128(_mm_loadu_si128((const __m128i *)((const int8_t *)at + stride)), flip);
-            const __m128i c = _mm_xor_si128(_mm_loadu_si128((const __m128i *)((const int8_t *)at + 2 * stride)), flip);
-            const __m128i d = _mm_xor_si128(_mm_loadu_si128((const __m128i *)((const int8_t *)at + 3 * stride)), flip);
+            const int8_t *at = from + o * stride + i;
+            const __m128i a = _mm_xor_si128(_mm_loadu_si128((const __m128i *)at), flip);
+            const __m128i b = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(at + stride)), flip);
+            const __m128i c = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(at + 2 * stride)), flip);
+            const __m128i d = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(at + 3 * stride)), flip);
             const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
             const __m128i ab2 = _mm_unpackhi_epi32(a, b), cd2 = _mm_unpackhi_epi32(c, d);
             uint8_t *to = panel + i / 4 * INT8_QUAD + 4 * o;

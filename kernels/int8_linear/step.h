@@ -17,6 +17,7 @@
 #ifndef SPIKELM_INT8_STEP_H
 #define SPIKELM_INT8_STEP_H
 
+#include "dot.h"
 #include "event.h"
 #include "panel.h"
 
@@ -32,7 +33,9 @@ struct packed_int8 {
 
 #define INT8_ROW_BLOCK 32 /* rows for which weights are read once */
 
-static inline int64_t packed_blocks(const struct packed_int8 *w) { return (w->outputs + INT8_BLOCK - 1) / INT8_BLOCK; }
+static inline int64_t packed_blocks(const struct packed_int8 *w) {
+    return (w->outputs + INT8_BLOCK - 1) / INT8_BLOCK;
+}
 
 /* Inputs of a group, filled up to whole quads. */
 static inline int64_t packed_padded(const struct packed_int8 *w) { return (w->group + 3) / 4 * 4; }
@@ -54,14 +57,14 @@ static inline int64_t packed_width(const struct packed_int8 *w) { return w->grou
 /* Where the parts of scratch lie, for at most INT8_ROW_BLOCK rows. */
 struct int8_scratch {
     int64_t width;
-    int8_t *counts;            /* [rows or 2 * rows][width] groups filled up to whole quads; second halves */
-    int32_t *totals;           /* [rows][groups] sums of counts */
-    uint8_t *wide;             /* [rows][groups] whether a count has two halves */
-    int32_t *sums;             /* [rows][INT8_BLOCK], or [INT8_TILE] */
-    float *y;                  /* likewise */
-    float *scales;             /* [groups][INT8_BLOCK] */
-    uint8_t *panel;            /* [INT8_PANEL][INT8_QUAD] */
-    struct int8_events *events;     /* [rows], with lists of their own */
+    int8_t *counts;             /* [rows or 2 * rows][width] groups filled up to whole quads; second halves */
+    int32_t *totals;            /* [rows][groups] sums of counts */
+    uint8_t *largest;           /* [rows][groups] largest magnitudes */
+    int32_t *sums;              /* [rows][INT8_BLOCK], or [INT8_TILE] */
+    float *y;                   /* likewise */
+    float *scales;              /* [groups][INT8_BLOCK] */
+    uint8_t *panel;             /* [INT8_PANEL][INT8_QUAD] */
+    struct int8_events *events; /* [rows], with lists of their own */
     int64_t bytes;
 };
 
@@ -77,9 +80,9 @@ static inline struct int8_scratch packed_layout_scratch(const struct packed_int8
     uint8_t *base = memory ? (uint8_t *)(((uintptr_t)memory + 63) / 64 * 64) : NULL;
     rows = rows < INT8_ROW_BLOCK ? rows : INT8_ROW_BLOCK;
     s.width = packed_width(w);
-    s.counts = int8_scratch_part(base, &used, (1 + INT8_WIDE_COUNTS) * rows * s.width + 4);
+    s.counts = int8_scratch_part(base, &used, (1 + INT8_SHORT) * rows * s.width + 4);
     s.totals = int8_scratch_part(base, &used, 4 * rows * w->groups);
-    s.wide = int8_scratch_part(base, &used, rows * w->groups);
+    s.largest = int8_scratch_part(base, &used, rows * w->groups);
     s.sums = int8_scratch_part(base, &used, 4 * rows * INT8_TILE);
     s.y = int8_scratch_part(base, &used, 4 * rows * INT8_TILE);
     s.scales = int8_scratch_part(base, &used, w->layout == PACKED_ROWS ? 4 * w->groups * INT8_BLOCK : 0);
@@ -134,24 +137,29 @@ static inline void int8_put_out(int64_t base, int64_t from, int64_t to, const fl
 }
 
 /* Prepare the dense form of rows: counts with groups filled up, their sums, and halves of large ones. */
-static inline void int8_prepare_dense(const struct packed_int8 *w, const int8_t *counts, int64_t rows, int64_t stride,
-                                 const struct int8_scratch *s) {
+static inline void int8_prepare_dense(const struct packed_int8 *w, const int8_t *counts, int64_t rows,
+                                      int64_t stride, const struct int8_scratch *s) {
     const int64_t padded = packed_padded(w);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t j = 0; j < w->groups; j++) {
             const int64_t first = j * w->group, left = w->inputs - first, n = left < w->group ? left : w->group;
             const int8_t *from = counts + r * stride + first;
             int8_t *to = s->counts + r * s->width + j * padded;
-            int32_t total = 0, large = 0;
+            int32_t total = 0;
+            int8_t low = 0, high = 0;
             memcpy(to, from, n);
             memset(to + n, 0, padded - n);
             for (int64_t i = 0; i < n; i++) {
                 total += from[i];
-                large |= from[i] > INT8_HALF || from[i] < -INT8_HALF;
             }
+            for (int64_t i = 0; i < n; i++) {
+                low = from[i] < low ? from[i] : low;
+                high = from[i] > high ? from[i] : high;
+            }
+            const uint8_t largest = (uint8_t)(-low > high ? -low : high);
             s->totals[r * w->groups + j] = total;
-            s->wide[r * w->groups + j] = (uint8_t)(INT8_WIDE_COUNTS && large);
-            if (INT8_WIDE_COUNTS && large) {
+            s->largest[r * w->groups + j] = largest;
+            if (INT8_SHORT && largest > INT8_HALF) {
                 int8_t *rest = to + rows * s->width;
                 for (int64_t i = 0; i < padded; i++) {
                     const int32_t count = to[i];
@@ -164,13 +172,15 @@ static inline void int8_prepare_dense(const struct packed_int8 *w, const int8_t 
 }
 
 /* sums [rows][INT8_BLOCK] of group j += the panel that holds its quads from `quad` on */
-static inline void int8_dense_sums(const struct packed_int8 *w, const struct int8_scratch *s, int64_t rows, int64_t j,
-                              int64_t quad, int64_t quads, const uint8_t *panel) {
+static inline void int8_dense_sums(const struct packed_int8 *w, const struct int8_scratch *s, int64_t rows,
+                                   int64_t j, int64_t quad, int64_t quads, const uint8_t *panel) {
     const int8_t *counts = s->counts + j * packed_padded(w) + 4 * quad;
-    int8_dot_panel(rows, quads, panel, counts, s->width, s->sums);
-    for (int64_t r = 0; INT8_WIDE_COUNTS && r < rows; r++) {
-        if (s->wide[r * w->groups + j]) {
-            int8_dot_panel(1, quads, panel, counts + (rows + r) * s->width, s->width, s->sums + r * INT8_BLOCK);
+    const uint8_t *largest = s->largest + j;
+    int8_panel(rows, quads, panel, counts, s->width, largest, w->groups, s->sums);
+    for (int64_t r = 0; INT8_SHORT && r < rows; r++) {
+        const uint8_t *own = largest + r * w->groups;
+        if (*own > INT8_HALF) {
+            int8_panel(1, quads, panel, counts + (rows + r) * s->width, 0, own, 0, s->sums + r * INT8_BLOCK);
         }
     }
 }
@@ -202,7 +212,8 @@ static inline void int8_dense_group(const struct packed_int8 *w, const struct in
     }
 }
 
-static inline const float *int8_block_scales(const struct packed_int8 *w, const struct int8_scratch *s, int64_t base) {
+static inline const float *int8_block_scales(const struct packed_int8 *w, const struct int8_scratch *s,
+                                             int64_t base) {
     if (w->layout != PACKED_ROWS) {
         return w->scales + base;
     }
@@ -224,17 +235,20 @@ static inline void int8_dense_block(const struct packed_int8 *w, const struct in
         int8_dense_group(w, s, rows, base, j);
         for (int64_t r = 0; r < rows; r++) {
             const int32_t excess = (int32_t)((uint32_t)INT8_BIAS * (uint32_t)s->totals[r * w->groups + j]);
-            int8_add_scaled(INT8_BLOCK, excess, s->sums + r * INT8_BLOCK, scales + j * stride, s->y + r * INT8_BLOCK);
+            int8_add_scaled(INT8_BLOCK, excess, s->sums + r * INT8_BLOCK, scales + j * stride,
+                            s->y + r * INT8_BLOCK);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        int8_put_out(base, from, to, s->y + r * INT8_BLOCK, thresholds ? thresholds + r : NULL, bias, y + r * y_stride);
+        const float *threshold = thresholds ? thresholds + r : NULL;
+        int8_put_out(base, from, to, s->y + r * INT8_BLOCK, threshold, bias, y + r * y_stride);
     }
 }
 
 /* One tile of one row from its events. */
-INLINE void int8_event_groups(const struct packed_int8 *w, int width, const struct int8_events *e, const int32_t *totals,
-                         const uint8_t *tile, const float *scales, int32_t *sums, float *y) {
+INLINE void int8_event_groups(const struct packed_int8 *w, int width, const struct int8_events *e,
+                              const int32_t *totals, const uint8_t *tile, const float *scales, int32_t *sums,
+                              float *y) {
     const int64_t stride = packed_blocks(w) * INT8_BLOCK;
     int32_t begin = 0, next = 0;
     memset(y, 0, 4 * width);
@@ -254,7 +268,8 @@ INLINE void int8_event_groups(const struct packed_int8 *w, int width, const stru
             const int32_t nothing[INT8_TILE] = {0};
             int8_add_scaled(width, 0, nothing, scales + next * stride, y);
         }
-        int8_add_scaled(width, (int32_t)(128u * (uint32_t)totals[segment.group]), sums, scales + segment.group * stride, y);
+        const int32_t excess = (int32_t)(128u * (uint32_t)totals[segment.group]);
+        int8_add_scaled(width, excess, sums, scales + segment.group * stride, y);
         memset(sums, 0, 4 * width);
         next = segment.group + 1;
     }
@@ -263,7 +278,8 @@ INLINE void int8_event_groups(const struct packed_int8 *w, int width, const stru
     }
 }
 
-static inline void int8_event_tile(const struct packed_int8 *w, const struct int8_scratch *s, int64_t r, int64_t base) {
+static inline void int8_event_tile(const struct packed_int8 *w, const struct int8_scratch *s, int64_t r,
+                                   int64_t base) {
     const uint8_t *tile = (const uint8_t *)w->weights + base * w->inputs;
     const int32_t *totals = s->totals + r * w->groups;
     if (packed_tile_width(w, base) == INT8_TILE) {
@@ -273,22 +289,34 @@ static inline void int8_event_tile(const struct packed_int8 *w, const struct int
     }
 }
 
-/* Lists the events of rows; returns whether reading them one by one pays. */
-static inline int int8_prepare_events(const struct packed_int8 *w, const int8_t *counts, int64_t rows, int64_t stride,
-                                 const struct int8_scratch *s) {
+/* Lists the events of rows; returns whether reading them one by one pays. Several rows with more than half of
+ * their inputs firing are faster as a dense product, whose panels they share. */
+static inline int int8_prepare_events(const struct packed_int8 *w, const int8_t *counts, int64_t rows,
+                                      int64_t stride, const struct int8_scratch *s) {
+    int64_t fired = 0;
+    for (int64_t r = 0; r < rows && rows > 1; r++) {
+        int32_t own = 0;
+        for (int64_t i = 0; i < w->inputs; i++) {
+            own += counts[r * stride + i] != 0;
+        }
+        fired += own;
+    }
+    if (2 * fired > rows * w->inputs) {
+        return 0;
+    }
     for (int64_t r = 0; r < rows; r++) {
         const int8_t *row = counts + r * stride;
-        int32_t other = 0;
+        int8_t any = 0;
         for (int64_t j = 0; j < w->groups; j++) {
-            const int64_t first = j * w->group, last = first + w->group < w->inputs ? first + w->group : w->inputs;
+            const int64_t first = j * w->group, end = first + w->group, last = end < w->inputs ? end : w->inputs;
             int32_t total = 0;
             for (int64_t i = first; i < last; i++) {
                 total += row[i];
-                other |= row[i];
+                any |= row[i];
             }
             s->totals[r * w->groups + j] = total;
         }
-        int8_list_events(w->inputs, w->group, row, (other & ~1) == 0, s->events + r);
+        int8_list_events(w->inputs, w->group, row, (any & ~1) == 0, s->events + r);
     }
     return 1;
 }

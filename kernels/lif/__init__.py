@@ -1,7 +1,8 @@
 """Leaky integrate-and-fire over a sequence: one membrane per channel, one step per token.
 
 Forms: reference.py (the equations), scan.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs); decode.py
-is the step of rows that keep their membranes in a pool. Equations and masks are written in reference.py. Source: Fang et al. 2021, https://arxiv.org/abs/2007.05785, equations 2-4.
+is the step of rows that keep their membranes in a pool. Equations and masks are written in reference.py.
+Source: Fang et al. 2021, https://arxiv.org/abs/2007.05785, equations 2-4.
 """
 
 from __future__ import annotations

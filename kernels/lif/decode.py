@@ -48,7 +48,8 @@ def lif_decode(
     check_slots("lif_decode", x, pool, slots, (x.shape[1],))
     if rate.shape != x.shape[1:]:
         raise ShapeError(f"lif_decode needs rate [C] = {[x.shape[1]]}, got {list(rate.shape)}")
-    return _lif_decode(x, pool, slots, rate, threshold, v_reset, soft_reset, decay_input)
+    spikes: Tensor = _lif_decode(x, pool, slots, rate, threshold, v_reset, soft_reset, decay_input)
+    return spikes
 
 
 @torch.library.custom_op("spikelm::lif_decode", mutates_args=("pool",))

@@ -44,7 +44,7 @@ def config(hip: bool, dtype: torch.dtype, align: int) -> Config:
         return Config(64, 1, 2, 2)
     if dtype != torch.float32 and align == 1:
         return Config(32, 1, 1, 1)
-    return Config(32 if dtype == torch.float32 else 64, 1, 4, 2)
+    return Config(32 if dtype == torch.float32 else 64, 1, 4, 3)
 
 
 def lif(

@@ -4,8 +4,8 @@ A membrane is sequential in time, so a program owns BLOCK channels of one sequen
 steps. What limits such a scan is the latency of its loads: they are issued STAGES groups of GROUP steps ahead
 (asynchronous copies into shared memory), so that a device full of programs keeps enough bytes in flight.
 
-Products and sums are written as in the reference and must not be contracted (enable_fp_fusion=False at launch):
-the membranes are those of the reference, bit for bit, and backward recomputes what forward saw.
+Products and sums are written as in the reference and must not be contracted (enable_fp_fusion=False at
+launch): the membranes are those of the reference, bit for bit, and backward recomputes what forward saw.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ def charge(x, v, rate, v_reset, DECAY_INPUT: tl.constexpr):
 @triton.jit
 def after_spike(h, threshold, v_reset, SOFT: tl.constexpr):
     """Membrane after the reset that follows the charge."""
-    if SOFT:
-        after = h - threshold
-    else:
-        after = v_reset
+    after = h - threshold if SOFT else v_reset
     return tl.where(h >= threshold, after, h)
 
 
@@ -60,6 +57,7 @@ def lif_forward_kernel(
     SOFT: tl.constexpr,
     DECAY_INPUT: tl.constexpr,
 ):
+    """Spikes and last membrane of BLOCK channels of one sequence."""
     channels = channels // ALIGN * ALIGN  # tells the compiler how rows are aligned
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -117,6 +117,7 @@ class Builder:
     gathers: bool = False
     _limits: list[tuple[Field, int]] = field(default_factory=list)
     _shared: dict[Hashable, Register] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def register(self, width: int) -> Register:
         """A new register of ``width`` floats."""
@@ -128,6 +129,16 @@ class Builder:
         It is zero at first, and keeps its contents from token to token.
         """
         return self._shared.setdefault(key, Register(width))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made once per key: records whose result several parts read.
+
+        The key names the input registers, which nobody changes in place, and everything else that the result
+        depends on. What a branch makes stays inside it: other rows do not have it.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
 
     def bytes_register(self, size: int) -> Register:
         """A new register with room for ``size`` bytes."""
@@ -206,7 +217,9 @@ class Builder:
         draft = _Draft(ops()["expert"], 0, [], (), [])
         self._drafts.append(draft)
         first, branch = len(self._drafts), Branch()
+        outside, self._made = self._made, {}
         yield branch
+        self._made = outside
         if branch.output is None:
             raise PlanError("records of a choice need an output")
         records = len(self._drafts) - first

@@ -36,7 +36,7 @@ struct plan {
 };
 
 /* Columns of the statistics of a projection. */
-enum statistic { CALLS, SILENT, MAGNITUDE, BYTES, STATISTICS };
+enum statistic { STATISTIC_CALLS, STATISTIC_SILENT, STATISTIC_MAGNITUDE, STATISTIC_BYTES, STATISTICS };
 
 /* A step of the plan: what every record sees. */
 struct machine {
@@ -55,6 +55,13 @@ INLINE float *reg(const struct machine *m, int64_t row, int64_t offset) {
 /* Field of the state of one row. */
 INLINE void *field(const struct machine *m, int64_t row, int64_t offset) {
     return m->plan->pool + m->slot[row] * m->plan->state_bytes + offset;
+}
+
+/* Multiplications below which starting a team of threads costs more than it saves. */
+#define SERIAL_BELOW (1 << 16)
+
+INLINE int threads_for(const struct machine *m, int64_t work) {
+    return m->rows * work < SERIAL_BELOW ? 1 : m->threads;
 }
 
 #define STEP(name) static void step_##name(const struct machine *m, const struct record *r)

@@ -18,25 +18,34 @@ struct running {
     float max, sum;
 };
 
-/* Products of a query with four keys: its lanes are loaded once, and four sums are under way at a time. */
-INLINE void dot_keys(const float *restrict q, const float *restrict keys, int64_t stride, int64_t dim,
-                     float *restrict products) {
-    v8 sum[4] = {{0}};
+/* Products of one or two queries with four keys: what is loaded is used several times, and all sums are under way
+ * together. Every sum has one order, whatever is computed beside it. */
+INLINE void dot_keys(const int queries, const float *restrict q, const float *restrict keys, int64_t stride,
+                     int64_t dim, float *restrict products) {
+    v8 sum[2][4] = {{{0}}};
     int64_t i = 0;
     for (; i + 8 <= dim; i += 8) {
-        const v8 lanes = load8(q + i);
         for (int s = 0; s < 4; s++) {
-            sum[s] = fma8(lanes, load8(keys + s * stride + i), sum[s]);
+            const v8 lanes = load8(keys + s * stride + i);
+            for (int h = 0; h < queries; h++) {
+                sum[h][s] = fma8(load8(q + h * dim + i), lanes, sum[h][s]);
+            }
         }
     }
     if (i < dim) {
-        const v8 lanes = load_part(q + i, dim - i);
         for (int s = 0; s < 4; s++) {
-            sum[s] = fma8(lanes, load_part(keys + s * stride + i, dim - i), sum[s]);
+            const v8 lanes = load_part(keys + s * stride + i, dim - i);
+            for (int h = 0; h < queries; h++) {
+                sum[h][s] = fma8(load_part(q + h * dim + i, dim - i), lanes, sum[h][s]);
+            }
         }
     }
-    for (int s = 0; s < 4; s++) {
-        products[s] = sum8(sum[s]);
+    for (int h = 0; h < queries; h++) {
+        const v4 a = halves(sum[h][0]), b = halves(sum[h][1]), c = halves(sum[h][2]), d = halves(sum[h][3]);
+        const v4 left = (v4){a[0], b[0], a[1], b[1]} + (v4){a[2], b[2], a[3], b[3]};
+        const v4 right = (v4){c[0], d[0], c[1], d[1]} + (v4){c[2], d[2], c[3], d[3]};
+        const v4 total = (v4){left[0], left[1], right[0], right[1]} + (v4){left[2], left[3], right[2], right[3]};
+        memcpy(products + h * KEYS, &total, sizeof total); /* each as sum8 adds it up */
     }
 }
 
@@ -52,83 +61,99 @@ INLINE float dot_key(const float *restrict q, const float *restrict key, int64_t
     return sum8(sum);
 }
 
-/* o = kept * o + sum_s weight[s] * values[s] */
-INLINE void weigh_values(int64_t count, int64_t stride, int64_t dim, float kept, const float *restrict weight,
-                         const float *restrict values, float *restrict o) {
-    int64_t i = 0;
-    for (; i + 32 <= dim; i += 32) {
-        v8 sum[4];
-        for (int j = 0; j < 4; j++) {
-            sum[j] = kept * load8(o + i + 8 * j);
-        }
-        for (int64_t s = 0; s < count; s++) {
-            const v8 lanes = (v8){0} + weight[s];
-            for (int j = 0; j < 4; j++) {
-                sum[j] = fma8(lanes, load8(values + s * stride + i + 8 * j), sum[j]);
+/* o_h = kept_h * o_h + sum_s weight[h][s] * values[s], in columns of lanes * 8 */
+INLINE int64_t weigh_columns(const int lanes, const int queries, int64_t i, int64_t count, int64_t stride,
+                             int64_t dim, const float *restrict kept, const float *restrict weight,
+                             const float *restrict values, float *restrict o) {
+    for (; i + 8 * lanes <= dim; i += 8 * lanes) {
+        v8 sum[2][4];
+        for (int h = 0; h < queries; h++) {
+            for (int j = 0; j < lanes; j++) {
+                sum[h][j] = kept[h] * load8(o + h * dim + i + 8 * j);
             }
         }
-        for (int j = 0; j < 4; j++) {
-            store8(o + i + 8 * j, sum[j]);
-        }
-    }
-    for (; i + 8 <= dim; i += 8) {
-        v8 sum = kept * load8(o + i);
         for (int64_t s = 0; s < count; s++) {
-            sum = fma8((v8){0} + weight[s], load8(values + s * stride + i), sum);
+            for (int j = 0; j < lanes; j++) {
+                const v8 value = load8(values + s * stride + i + 8 * j);
+                for (int h = 0; h < queries; h++) {
+                    sum[h][j] = fma8((v8){0} + weight[h * KEYS + s], value, sum[h][j]);
+                }
+            }
         }
-        store8(o + i, sum);
+        for (int h = 0; h < queries; h++) {
+            for (int j = 0; j < lanes; j++) {
+                store8(o + h * dim + i + 8 * j, sum[h][j]);
+            }
+        }
     }
+    return i;
+}
+
+INLINE void weigh_values(const int queries, int64_t count, int64_t stride, int64_t dim, const float *restrict kept,
+                         const float *restrict weight, const float *restrict values, float *restrict o) {
+    int64_t i = weigh_columns(4, queries, 0, count, stride, dim, kept, weight, values, o);
+    i = weigh_columns(1, queries, i, count, stride, dim, kept, weight, values, o);
     for (; i < dim; i++) {
-        float sum = kept * o[i];
-        for (int64_t s = 0; s < count; s++) {
-            sum = multiply_add(weight[s], values[s * stride + i], sum);
+        for (int h = 0; h < queries; h++) {
+            float sum = kept[h] * o[h * dim + i];
+            for (int64_t s = 0; s < count; s++) {
+                sum = multiply_add(weight[h * KEYS + s], values[s * stride + i], sum);
+            }
+            o[h * dim + i] = sum;
         }
-        o[i] = sum;
     }
 }
 
-/* Up to KEYS keys of one query head. */
-INLINE void attend_keys(const struct attention *shape, float scale, int64_t count, const float *restrict q,
-                        const float *restrict keys, const float *restrict values, struct running *running,
-                        float *restrict o) {
-    const int64_t stride = shape->groups * shape->dim;
-    float weight[KEYS];
+/* Up to KEYS keys of one or two query heads. */
+INLINE void attend_keys(const int queries, int64_t dim, int64_t stride, float scale, int64_t count,
+                        const float *restrict q, const float *restrict keys, const float *restrict values,
+                        struct running *running, float *restrict o) {
+    float weight[2 * KEYS], kept[2];
     int64_t known = 0;
     for (; known + 4 <= count; known += 4) {
-        dot_keys(q, keys + known * stride, stride, shape->dim, weight + known);
+        dot_keys(queries, q, keys + known * stride, stride, dim, weight + known);
     }
     for (; known < count; known++) {
-        weight[known] = dot_key(q, keys + known * stride, shape->dim);
+        for (int h = 0; h < queries; h++) {
+            weight[h * KEYS + known] = dot_key(q + h * dim, keys + known * stride, dim);
+        }
     }
-    float best = running->max;
+    for (int h = 0; h < queries; h++) {
+        float *restrict own = weight + h * KEYS;
+        float best = running[h].max;
 #pragma omp simd reduction(max : best)
-    for (int64_t s = 0; s < count; s++) {
-        weight[s] *= scale;
-        best = weight[s] > best ? weight[s] : best;
-    }
-    for (int64_t s = count; s < KEYS; s++) {
-        weight[s] = -INFINITY; /* weights of zero: the loop and the sum below have one length */
-    }
+        for (int64_t s = 0; s < count; s++) {
+            own[s] *= scale;
+            best = own[s] > best ? own[s] : best;
+        }
+        for (int64_t s = count; s < KEYS; s++) {
+            own[s] = -INFINITY; /* weights of zero: the loop and the sum below have one length */
+        }
 #pragma omp simd
-    for (int s = 0; s < KEYS; s++) {
-        weight[s] = exp_nonpositive(weight[s] - best);
+        for (int s = 0; s < KEYS; s++) {
+            own[s] = exp_nonpositive(own[s] - best);
+        }
+        kept[h] = exp_nonpositive(running[h].max - best);
+        running[h].sum = kept[h] * running[h].sum + row_sum(KEYS, own);
+        running[h].max = best;
     }
-    const float kept = exp_nonpositive(running->max - best);
-    running->sum = kept * running->sum + row_sum(KEYS, weight);
-    running->max = best;
-    weigh_values(count, stride, shape->dim, kept, weight, values, o);
+    weigh_values(queries, count, stride, dim, kept, weight, values, o);
 }
 
 /* count keys for the query heads of one group; a block of keys is read from memory once for all of them. */
-INLINE void attend_group(const struct attention *shape, float scale, int64_t count, const float *restrict q,
+static void attend_group(const struct attention *shape, float scale, int64_t count, const float *restrict q,
                          const float *restrict keys, const float *restrict values, struct running *running,
                          float *restrict o) {
     const int64_t heads = shape->heads / shape->groups, dim = shape->dim, stride = shape->groups * dim;
     for (int64_t first = 0; first < count; first += KEYS) {
         const int64_t left = count - first < KEYS ? count - first : KEYS;
-        for (int64_t h = 0; h < heads; h++) {
-            attend_keys(shape, scale, left, q + h * dim, keys + first * stride, values + first * stride,
-                        running + h, o + h * dim);
+        const float *k = keys + first * stride, *v = values + first * stride;
+        int64_t h = 0;
+        for (; h + 2 <= heads; h += 2) {
+            attend_keys(2, dim, stride, scale, left, q + h * dim, k, v, running + h, o + h * dim);
+        }
+        if (h < heads) {
+            attend_keys(1, dim, stride, scale, left, q + h * dim, k, v, running + h, o + h * dim);
         }
     }
 }

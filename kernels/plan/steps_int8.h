@@ -6,7 +6,7 @@
 static void tally_counts(const struct machine *m, const struct record *r, const struct packed_int8 *w) {
     int64_t *statistics = m->plan->statistics + r->a[3] * STATISTICS;
     int64_t events = 0;
-    statistics[CALLS] += m->rows;
+    statistics[STATISTIC_CALLS] += m->rows;
     EACH_ROW {
         const int8_t *counts = (const int8_t *)reg(m, row, r->a[0]);
         int32_t silent = 0, magnitude = 0; /* below 2^31: a row has at most 2^24 inputs */
@@ -15,12 +15,12 @@ static void tally_counts(const struct machine *m, const struct record *r, const 
             silent += counts[i] == 0;
             magnitude += counts[i] < 0 ? -counts[i] : counts[i];
         }
-        statistics[SILENT] += silent;
-        statistics[MAGNITUDE] += magnitude;
+        statistics[STATISTIC_SILENT] += silent;
+        statistics[STATISTIC_MAGNITUDE] += magnitude;
         events += w->inputs - silent;
     }
     /* The event-driven form reads a row's own weights, the dense one reads all of them once. */
-    statistics[BYTES] += w->outputs * (w->layout == PACKED_IN_OUT ? events : w->inputs);
+    statistics[STATISTIC_BYTES] += w->outputs * (w->layout == PACKED_IN_OUT ? events : w->inputs);
 }
 
 /* Bytes of scratch of one record. */
@@ -39,10 +39,11 @@ STEP(linear_int8) {
     }
     uint8_t *scratch = (uint8_t *)m->plan->scratch + (m->rows * (int64_t)sizeof(float) + 63) / 64 * 64;
     tally_counts(m, r, w);
-#pragma omp parallel for schedule(static, 1) num_threads(m->threads) if (m->threads > 1)
-    for (int thread = 0; thread < m->threads; thread++) {
+    const int threads = threads_for(m, w->inputs * w->outputs);
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int thread = 0; thread < threads; thread++) {
         int64_t first, last;
-        packed_share(w, thread, m->threads, &first, &last);
+        packed_share(w, thread, threads, &first, &last);
         packed_rows(w, (const int8_t *)reg(m, 0, r->a[0]), m->rows, stride * (int64_t)sizeof(float),
                     r->a[2] < 0 ? NULL : thresholds, bias, reg(m, 0, r->a[1]), stride, scratch + thread * each, first,
                     last);
@@ -55,15 +56,17 @@ STEP(linear_int8_float) {
     const struct packed_int8 *w = r->p[0];
     const float *bias = r->p[1];
     int64_t *statistics = m->plan->statistics + r->a[2] * STATISTICS;
-    statistics[CALLS] += m->rows;
-    statistics[BYTES] += w->outputs * w->inputs;
+    statistics[STATISTIC_CALLS] += m->rows;
+    statistics[STATISTIC_BYTES] += w->outputs * w->inputs;
     EACH_ROW {
         const float *x = reg(m, row, r->a[0]);
         for (int64_t i = 0; i < w->inputs; i++) {
-            statistics[SILENT] += x[i] == 0;
+            statistics[STATISTIC_SILENT] += x[i] == 0;
         }
     }
-#pragma omp parallel for schedule(static) num_threads(m->threads) if (m->threads > 1)
+    const int threads = threads_for(m, w->inputs * w->outputs);
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t output = 0; output < w->outputs; output++) {
         EACH_ROW {
             const float *x = reg(m, row, r->a[0]);

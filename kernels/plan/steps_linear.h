@@ -6,7 +6,14 @@
 #include "machine.h"
 
 #define TILE 4
-#define AHEAD 2048 /* bytes */
+
+/* Bytes from a weight to the one to prefetch: the same column of the next tile, or where a tile would fill the
+ * first-level cache, a little further in the same row. */
+INLINE int64_t ahead(int64_t inputs) {
+    const int64_t row = inputs * (int64_t)sizeof(float);
+    return row <= 4096 ? TILE * row : 2048;
+}
+
 #define SPIKES 1
 
 /* Dot products of some outputs (weights, inputs apart) and some rows (x, stride apart). */
@@ -20,12 +27,13 @@ INLINE void dot_tile(const int outputs, const int rows, int64_t inputs, const fl
             even[o][b] = odd[o][b] = (v8){0};
         }
     }
+    const int64_t distance = ahead(inputs);
     int64_t i = 0;
     for (; i + 16 <= inputs; i += 16) {
 #pragma GCC unroll 8
         for (int o = 0; o < outputs; o++) {
             const float *w = weights + o * inputs + i;
-            __builtin_prefetch((const char *)w + AHEAD);
+            __builtin_prefetch((const char *)w + distance);
             const v8 w0 = load8(w), w1 = load8(w + 8);
 #pragma GCC unroll 8
             for (int b = 0; b < rows; b++) {
@@ -95,8 +103,8 @@ INLINE void linear_tile(const struct machine *m, const struct record *r, const i
 /* Adds a call of a projection with float inputs to its row of the statistics. */
 static void tally_floats(const struct machine *m, const struct record *r, int64_t place, int64_t bytes) {
     int64_t *statistics = m->plan->statistics + place * STATISTICS;
-    statistics[CALLS] += m->rows;
-    statistics[BYTES] += bytes;
+    statistics[STATISTIC_CALLS] += m->rows;
+    statistics[STATISTIC_BYTES] += bytes;
     EACH_ROW {
         const float *x = reg(m, row, r->a[0]);
         int64_t silent = 0;
@@ -106,9 +114,9 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
             silent += x[i] == 0;
             magnitude += fabsf(x[i]);
         }
-        statistics[SILENT] += silent;
+        statistics[STATISTIC_SILENT] += silent;
         if (r->flags & SPIKES) {
-            statistics[MAGNITUDE] += (int64_t)magnitude;
+            statistics[STATISTIC_MAGNITUDE] += (int64_t)magnitude;
         }
     }
 }
@@ -118,7 +126,9 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
 STEP(linear) {
     tally_floats(m, r, r->a[5], r->a[2] * r->a[3] * (int64_t)sizeof(float));
     const int64_t outputs = r->a[3], tiles = outputs / TILE;
-#pragma omp parallel for schedule(static) num_threads(m->threads) if (m->threads > 1)
+    const int threads = threads_for(m, r->a[2] * outputs);
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t tile = 0; tile < tiles; tile++) {
         linear_tile(m, r, TILE, tile * TILE);
     }

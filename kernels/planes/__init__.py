@@ -1,7 +1,7 @@
 """Spike counts as packed bit planes: one bit per channel for the sign and for each bit of the magnitude.
 
 What event-driven hardware and bitwise codings read, and an eighth of a byte per channel and plane to store.
-Forms: reference.py (bit by bit), eager.py (plain torch), c.py and op.c (CPUs).
+Forms: reference.py (bit by bit), eager.py (plain torch), c.py and op.c (CPUs), triton.py (GPUs).
 """
 
 from __future__ import annotations
@@ -21,13 +21,38 @@ __all__ = ["MOST_PLANES", "collapse_planes", "expand_planes"]
 MOST_PLANES = 7
 """Magnitude bits of a count up to 127."""
 
+
+def _expand_triton(counts: Tensor, planes: int) -> Tensor:
+    from spikelm.kernels.planes import triton
+
+    packed: Tensor = triton.expand_planes(counts, planes)
+    return packed
+
+
+def _collapse_triton(packed: Tensor, width: int) -> Tensor:
+    from spikelm.kernels.planes import triton
+
+    counts: Tensor = triton.collapse_planes(packed, width)
+    return counts
+
+
 _Expand = Callable[[Tensor, int], Tensor]
 _Collapse = Callable[[Tensor, int], Tensor]
 _EXPAND: Mapping[str, _Expand] = MappingProxyType(
-    {"reference": reference.expand_planes, "torch": eager.expand_planes, "c": c.expand_planes}
+    {
+        "reference": reference.expand_planes,
+        "torch": eager.expand_planes,
+        "c": c.expand_planes,
+        "triton": _expand_triton,
+    }
 )
 _COLLAPSE: Mapping[str, _Collapse] = MappingProxyType(
-    {"reference": reference.collapse_planes, "torch": eager.collapse_planes, "c": c.collapse_planes}
+    {
+        "reference": reference.collapse_planes,
+        "torch": eager.collapse_planes,
+        "c": c.collapse_planes,
+        "triton": _collapse_triton,
+    }
 )
 
 

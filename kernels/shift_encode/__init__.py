@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import KernelError, ShapeError, nearest
-from spikelm.kernels.dispatch import choose
+from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.encode import LARGEST
 from spikelm.kernels.masks import check_masks
 from spikelm.kernels.shift_encode import c, eager, reference
@@ -27,12 +27,44 @@ __all__ = ["NORMS", "shift_encode"]
 
 Number = TypeVar("Number", int, float)
 
+
+def _triton(
+    x: Tensor,
+    norm: Norm,
+    last: Tensor,
+    mixes: Tensor,
+    options: Options,
+    reset: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from spikelm.kernels.shift_encode import triton
+
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = triton.shift_encode(
+        x, norm, last, mixes, options, reset, valid
+    )
+    return found
+
+
+def _choose(x: Tensor) -> str:
+    name = choose("shift_encode", x.device)
+    if name != "triton" or backend() != AUTO:
+        return name
+    from spikelm.kernels.shift_encode import triton
+
+    return "triton" if triton.check(x) is None else "torch"
+
+
 _Form = Callable[
     [Tensor, Norm, Tensor, Tensor, Options, Tensor | None, Tensor | None],
     tuple[Tensor, Tensor, Tensor, Tensor],
 ]
 _FORMS: Mapping[str, _Form] = MappingProxyType(
-    {"reference": reference.shift_encode, "torch": eager.shift_encode, "c": c.shift_encode}
+    {
+        "reference": reference.shift_encode,
+        "torch": eager.shift_encode,
+        "c": c.shift_encode,
+        "triton": _triton,
+    }
 )
 
 
@@ -95,10 +127,9 @@ def shift_encode(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     bias = None if norm_bias is None else norm_bias.detach().to(dtype)
     norm = Norm(kind=kind, weight=norm_weight.detach().to(dtype), bias=bias, eps=eps)
-    form = _FORMS[choose("shift_encode", x.device)]
-    return form(
-        x.detach().to(dtype), norm, last.detach().to(dtype), mixes.detach().to(dtype), options, reset, valid
-    )
+    name, x = _choose(x), x.detach()
+    x = x if name == "triton" else x.to(dtype)  # GPU kernels read half precision as it is
+    return _FORMS[name](x, norm, last.detach().to(dtype), mixes.detach().to(dtype), options, reset, valid)
 
 
 def _per_projection(name: str, value: Number | Sequence[Number], mixes: Tensor) -> tuple[Number, ...]:

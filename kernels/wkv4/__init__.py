@@ -1,9 +1,9 @@
 """The wkv recurrence of RWKV-4: an exponentially decayed, key-weighted mean of values per channel.
 
-Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs); decode.py
-is the step of rows that keep their states in a pool. Equations, masks and the scaled state are written in
-reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048;
-used by SpikeGPT, https://arxiv.org/abs/2302.13939.
+Forms: reference.py (the equations), chunked.py (plain torch), c.py and op.c (CPUs), triton*.py (GPUs);
+decode.py is the step of rows that keep their states in a pool. Equations, masks and the scaled state are
+written in reference.py. Source: Peng et al. 2023 (RWKV), https://arxiv.org/abs/2305.13048; used by SpikeGPT,
+https://arxiv.org/abs/2302.13939.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def wkv4(
         u: bonus of the current token [C].
         k: keys [B, T, C], any floating dtype; safe for any finite value.
         v: values [B, T, C].
-        state: (num, den, max) [B, 3, C], A = num exp(max), B = den exp(max); see :func:`initial_state`.
+        state: (num, den, max) [B, 3, C], A = num exp(max), B = den exp(max), den not negative; see
+            :func:`initial_state`.
         reset: bool [B, T]; where true the state is emptied before the token.
         valid: bool [B, T]; where false the state stays (after a reset, if any) and y is 0.
 

@@ -39,7 +39,8 @@ def wkv4_decode(w: Tensor, u: Tensor, k: Tensor, v: Tensor, pool: Tensor, slots:
     for name, x in (("w", w), ("u", u)):
         if x.shape != k.shape[1:]:
             raise ShapeError(f"wkv4_decode needs {name} [C] = {[k.shape[1]]}, got {list(x.shape)}")
-    return _wkv4_decode(-torch.exp(w.to(pool.dtype)), u.to(pool.dtype), k, v, pool, slots)
+    y: Tensor = _wkv4_decode(-torch.exp(w.to(pool.dtype)), u.to(pool.dtype), k, v, pool, slots)
+    return y
 
 
 @torch.library.custom_op("spikelm::wkv4_decode", mutates_args=("pool",))

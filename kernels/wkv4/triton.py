@@ -1,6 +1,6 @@
 """The wkv recurrence of RWKV-4 in Triton: launches, torch ops with gradients, and the configurations shipped.
 
-k and v are read and y is written in their own dtypes (float32, bfloat16 or float16); states are float32 always.
+k and v are read and y is written in their own dtypes (float32, bfloat16 or float16); states are float32.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _processors(device: torch.device) -> int:
 def choose_chunks(rows: int, steps: int, channels: int, block: int, processors: int) -> int:
     """Chunks of the sequence for which there is about one program per warp scheduler of the device.
 
-    Cutting reads the inputs once more, so a sequence is cut only where rows and channels leave at least half of
-    the schedulers idle.
+    Cutting reads the inputs once more, so a sequence is cut only where rows and channels leave at least half
+    of the schedulers idle.
     """
     programs = rows * -(-channels // block)
     return max(1, min(4 * processors // max(programs, 1), -(-steps // GROUP) // SHORTEST_CHUNK))

@@ -1,13 +1,13 @@
 """Backward Triton kernels of the wkv recurrence (gradients as in op.c).
 
 A program walks over its groups of steps from the last to the first, recomputing each group's states from the
-checkpoint that forward left; they stay in registers. Gradients of num and den are taken at a fixed max, as the
-reference does, so every factor is at most one and nothing overflows.
+checkpoint that forward left; they stay in registers. Gradients of num and den are taken at a fixed max, as
+the reference does, so every factor is at most one and nothing overflows.
 
 Where the sequence is cut into chunks: the gradient of a state passes a chunk linearly, times one factor per
 channel. (1) wkv4_backward_kernel with SUMMARY gives the gradient at every chunk's start for none at its end,
-(2) wkv4_carry_back_kernel carries the gradient over the chunks, last to first, (3) wkv4_backward_kernel starts
-from it.
+(2) wkv4_carry_back_kernel carries the gradient over the chunks, last to first, (3) wkv4_backward_kernel
+starts from it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from spikelm.kernels.triton_scan import rows_of
-from spikelm.kernels.wkv4.triton_forward import weigh
+from spikelm.kernels.wkv4.triton_forward import reciprocal, weigh
 
 
 @triton.jit(do_not_specialize=["steps", "chunk", "channels"])
@@ -45,6 +45,7 @@ def wkv4_backward_kernel(
     EVEN: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Gradients of BLOCK channels of one chunk."""
     channels = channels // ALIGN * ALIGN  # tells the compiler how rows are aligned
     row = tl.program_id(2).to(tl.int64)
     chunks = tl.num_programs(1)
@@ -56,7 +57,7 @@ def wkv4_backward_kernel(
     inside = c < channels
     decay = tl.load(decay_ptr + c, mask=inside)
     bonus = tl.load(bonus_ptr + c, mask=inside)
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     place = row * chunks + here_chunk
     carry_ptr += place * 2 * stride
     if SUMMARY:
@@ -131,7 +132,7 @@ def wkv4_backward_kernel(
             k = ks[i].to(tl.float32)
             v = vs[i].to(tl.float32)
             past, now = weigh(tops[i], bonus + k)
-            inverse = 1.0 / (past * dens[i] + now)
+            inverse = reciprocal(past * dens[i] + now)
             y = (past * nums[i] + now * v) * inverse
             numerator = gs[i].to(tl.float32) * inverse  # its gradient
             by_past = past * numerator
@@ -204,7 +205,7 @@ def wkv4_carry_back_kernel(
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    stride = channels.to(tl.int64)
+    stride = tl.cast(channels, tl.int64)
     groups = tl.cdiv(steps, GROUP)
     decay = tl.load(decay_ptr + c, mask=inside)
     grad_last_ptr += row * 3 * stride

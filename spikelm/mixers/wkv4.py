@@ -21,7 +21,7 @@ from spikelm.activations import lerp, sigmoid
 from spikelm.build import Build
 from spikelm.kernels.plan.builder import a_field
 from spikelm.kernels.wkv4 import wkv4
-from spikelm.recurrence import Context, Part, memory_dtype, token_shift
+from spikelm.recurrence import EMPTY, Context, Part, memory_dtype, token_shift
 from spikelm.registry import mixers
 from spikelm.state import State
 
@@ -83,6 +83,12 @@ class WKV4(Part):
         last = cast(Tensor, state["shift"]).to(x.dtype)
         k, v, r, new = self._project(x, last, state, ctx)
         memory = memory_dtype(x)
+        if not torch.is_grad_enabled():
+            # The equations below in the kernel of sequences, so that a step has the same bits.
+            y, new["wkv"] = self._recur(k[:, None], v[:, None], state, EMPTY)
+            new["shift"] = x.to(memory)
+            out, new["output"] = self.output(sigmoid(r) * y[:, 0].to(r.dtype), state["output"], ctx)
+            return out, new
         a, b, p = cast(Tensor, state["wkv"]).to(memory).unbind(1)
         u, decay = self.time_first.to(memory), -torch.exp(self.time_decay.to(memory))
         k, v = k.to(memory), v.to(memory)
@@ -101,18 +107,14 @@ class WKV4(Part):
         """T tokens: three products, one kernel, one product."""
         previous, shift = token_shift(x, cast(Tensor, state["shift"]), ctx)
         k, v, r, new = self._project(x, previous, state, ctx)
-        y, new["wkv"] = wkv4(
-            self.time_decay,
-            self.time_first,
-            k,
-            v,
-            cast(Tensor, state["wkv"]),
-            reset=ctx.reset,
-            valid=ctx.valid,
-        )
+        y, new["wkv"] = self._recur(k, v, state, ctx)
         new["shift"] = shift
         out, new["output"] = self.output(sigmoid(r) * y, state["output"], ctx)
         return out, new
+
+    def _recur(self, k: Tensor, v: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor]:
+        wkv = cast(Tensor, state["wkv"])
+        return wkv4(self.time_decay, self.time_first, k, v, wkv, reset=ctx.reset, valid=ctx.valid)
 
     def _project(
         self, x: Tensor, previous: Tensor, state: State, ctx: Context

@@ -109,13 +109,17 @@ class Adaptive(Neuron):
             raise PlanError(f"{self.path} belongs to a tensor-parallel shard; decode plans run whole models")
         if integer and self.cap is None:
             raise PlanError(f"{self.path} has no cap, so its counts need not fit int8; give it a cap of 127")
-        cap = UNLIMITED if self.cap is None else self.cap
+        # Query, key and value see the same counts, and so do other neurons of the same options on one input.
+        key = ("encode", x, self.k, self.dead_zone, self.cap, integer)
+        return plan.once(key, lambda: self._records(plan, x, integer))
+
+    def _records(self, plan: Builder, x: Register, integer: bool) -> LoweredSpikes:
         counts = plan.bytes_register(self.features) if integer else plan.register(self.features)
         threshold = plan.register(1)
         plan.record(
             "encode",
             *(x, counts, threshold, self.features),
-            f=(self.k, self.dead_zone, cap),
+            f=(self.k, self.dead_zone, UNLIMITED if self.cap is None else self.cap),
             flags=INT8_SPIKES if integer else 0,
         )
         if integer:

@@ -32,3 +32,13 @@ def c_form() -> Iterator[None]:
     skip_without_c("lif")
     with use_backend("c"):
         yield
+
+
+@pytest.fixture(params=["reference", "torch", "c"])
+def any_form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once per back-end that runs on a CPU, the loop among them."""
+    name: str = request.param
+    if name == "c":
+        skip_without_c("lif")
+    with use_backend(name):
+        yield name

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from spikelm.errors import ShapeError
-from spikelm.kernels.dispatch import choose, use_backend
+from spikelm.kernels.compile import load
+from spikelm.kernels.dispatch import available, choose, use_backend
 from spikelm.kernels.int8_linear import (
     LONGEST,
+    c,
     dequantised,
     eager,
     int8_linear,
     integer_sums,
+    packing,
     scaled_sums,
 )
+from spikelm.kernels.int8_linear.packing import PackedInt8, int8_linear_packed
+from spikelm.kernels.memory import HUGE, Arena
 
 CASES = [  # D, outs, group
     (1, 1, None),
@@ -83,7 +90,7 @@ def test_the_worst_case_is_exact_in_every_order() -> None:
         assert torch.equal(eager._sums(counts[:, order], weight[:, order].float()), exact)
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("form", ["reference", "torch", "c"])
 @pytest.mark.parametrize(("D", "outs", "group"), [(300, 65, 128), (515, 200, None), (1500, 64, None)])
 def test_rows_have_the_same_bits_in_any_batch_and_chunk(
     form: str, D: int, outs: int, group: int | None
@@ -163,3 +170,201 @@ def test_wrong_inputs_are_refused() -> None:
         int8_linear(counts, weight, scales, 4)
     with pytest.raises(ShapeError, match="group size is 0"):
         int8_linear(counts, weight, scales, 0)
+
+
+LAYOUTS = ("out_in", "in_out")
+
+
+def skip_without_c(op: str) -> None:
+    """Skip where this machine cannot compile C."""
+    problem = available()[op]["c"]
+    if problem is not True:
+        pytest.skip(f"no C kernels: {problem}")
+
+
+VARIANTS = {
+    "native": (),
+    "portable": ("SPIKELM_PORTABLE",),
+    "avx512-vnni": ("SPIKELM_SIMDE_AVX512",),
+    "avx-vnni": ("SPIKELM_SIMDE_AVXVNNI",),
+    "neon": ("SPIKELM_SIMDE_NEON",),
+}
+KINDS = ("full", "extreme", "small", "binary", "silent", "sparse", "one")
+
+
+def counts_of(kind: str, rows: int, D: int) -> Tensor:
+    """Counts int8 [rows, D] of one kind."""
+    if kind == "full":
+        return torch.randint(-127, 128, (rows, D), dtype=torch.int8)
+    if kind == "extreme":
+        return torch.where(torch.rand(rows, D) < 0.3, -127, 127).to(torch.int8)
+    if kind == "small":
+        return torch.randn(rows, D).mul(4).round().to(torch.int8)
+    if kind == "binary":
+        return (torch.rand(rows, D) < 0.4).to(torch.int8)
+    counts = torch.zeros(rows, D, dtype=torch.int8)
+    if kind == "sparse":
+        counts = torch.where(torch.rand(rows, D) < 0.1, counts_of("full", rows, D), counts)
+    if kind == "one":  # the last input alone
+        counts[:, -1] = -127
+    return counts
+
+
+@pytest.fixture
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One variant of the C code in place of this processor's own."""
+    name: str = request.param
+    skip_without_c("int8_linear")
+    if "SIMDE" in "".join(VARIANTS[name]) and not Path("/usr/include/simde").is_dir():
+        pytest.skip("no /usr/include/simde to emulate other processors' instructions with (libsimde-dev)")
+    if name != "native":
+        library = c.typed(load(Path(c.__file__).with_name("op.c"), VARIANTS[name]))
+        assert library.int8_variant().decode() == name
+        monkeypatch.setattr(c, "library", lambda: library)
+    return name
+
+
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+@pytest.mark.parametrize(
+    ("D", "outs", "group"),
+    [(1, 1, None), (7, 5, 3), (130, 129, 128), (300, 70, 100), (515, 200, None), (1041, 65, 101)],
+)
+def test_every_variant_has_the_bits_of_the_reference(
+    variant: str, D: int, outs: int, group: int | None, poisoned: None
+) -> None:
+    _, weight, scales = make(D, outs, group)
+    weight[0] = 127
+    weight[-1] = -127
+    bias = torch.randn(outs)
+    packed = [PackedInt8(weight, scales, group, layout) for layout in LAYOUTS]
+    for matrix in packed:
+        assert torch.equal(matrix.weight(), weight) and torch.equal(matrix.scales(), scales)
+    for kind in KINDS:
+        for rows in (1, 2, 5, 37):
+            counts = counts_of(kind, rows, D)
+            threshold = torch.rand(rows, 1)
+            with use_backend("reference"):
+                plain = int8_linear(counts, weight, scales, group)
+            expected = plain * threshold + bias
+            with use_backend("c"):
+                assert same_bits(int8_linear(counts, weight, scales, group), plain)
+                sums = integer_sums(counts, weight, group)
+            assert torch.equal(scaled_sums(sums, scales), plain)
+            for matrix in packed:
+                assert same_bits(int8_linear_packed(counts, matrix), plain)
+                got = int8_linear_packed(counts, matrix, threshold=threshold, bias=bias)
+                assert same_bits(got, expected), (kind, rows, matrix)
+                assert torch.equal(matrix.integer_sums(counts), sums)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two float32 tensors are the same, the sign of zero included."""
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("D", "outs", "group"), [(515, 1100, 128), (2050, 300, None)])
+def test_threads_and_batches_do_not_change_a_packed_bit(
+    layout: str, D: int, outs: int, group: int | None
+) -> None:
+    skip_without_c("int8_linear")
+    _, weight, scales = make(D, outs, group)
+    packed = PackedInt8(weight, scales, group, layout)
+    before = torch.get_num_threads()
+    # Row blocks of every kind of path: few and many events, dense, a last block that is not full.
+    counts = torch.cat([counts_of(kind, 14, D) for kind in ("sparse", "small", "binary", "full", "silent")])
+    one = int8_linear_packed(counts, packed)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert same_bits(int8_linear_packed(counts, packed), one)
+            for rows in (slice(0, 1), slice(13, 15), slice(5, 40), slice(69, 70)):
+                assert same_bits(int8_linear_packed(counts[rows], packed), one[rows])
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(int8_linear_packed(counts.view(5, 14, D), packed).view(-1, outs), one)
+    assert same_bits(int8_linear_packed(counts.t().contiguous().t(), packed), one)
+    assert same_bits(int8_linear_packed(counts.float(), packed), one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_silence_hides_no_broken_scale(layout: str) -> None:
+    """0 times an infinite scale is NaN, in a group without events, too."""
+    skip_without_c("int8_linear")
+    counts, weight, scales = make(300, 70, 100)
+    counts[:, 100:200] = 0
+    scales[3, 1] = torch.inf
+    scales[4, 1] = torch.nan
+    with use_backend("reference"):
+        expected = int8_linear(counts, weight, scales, 100)
+    got = int8_linear_packed(counts, PackedInt8(weight, scales, 100, layout))
+    assert expected[:, 3:5].isnan().all()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_no_count_is_refused_by_the_c_form() -> None:
+    skip_without_c("int8_linear")
+    counts, weight, scales = make(8, 4, None)
+    packed = PackedInt8(weight, scales)
+    for wrong, said in ((128, "magnitude 128"), (0.5, "no whole numbers"), (-torch.inf, "magnitude inf")):
+        bad = counts.clone()
+        bad[1, 3] = wrong
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            with use_backend("c"), pytest.raises(ShapeError, match=said):
+                int8_linear(bad.to(dtype), weight, scales)
+            with pytest.raises(ShapeError, match=said):
+                int8_linear_packed(bad.to(dtype), packed)
+    for large in (1000, -(2**40)):
+        with pytest.raises(ShapeError, match="magnitude"):
+            int8_linear_packed(torch.full((1, 8), large), packed)
+    with pytest.raises(ShapeError, match=r"counts \[\.\., 8\] of a signed dtype"):
+        int8_linear_packed(counts[:, :7], packed)
+    with pytest.raises(ShapeError, match=r"threshold is \[5\]; expected \[5, 1\]"):
+        int8_linear_packed(counts, packed, threshold=torch.ones(5))
+    with pytest.raises(ShapeError, match=r"bias is \[5\]; expected \[4\]"):
+        int8_linear_packed(counts, packed, bias=torch.ones(5))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_and_no_graph_breaks_on_packed_weights(layout: str) -> None:
+    skip_without_c("int8_linear")
+    counts, weight, scales = make(40, 70, 16)
+    packed = PackedInt8(weight, scales, 16, layout)
+    whole, threshold = counts.to(torch.int8), torch.rand(5, 1)
+    arguments = (whole, packed.memory, 70, 40, 16, layout, True, threshold, torch.ones(70))
+    torch.library.opcheck(packing._packed, arguments)
+    torch.library.opcheck(c._int8_linear_op, (whole, weight, scales, 16))
+    torch.library.opcheck(c._int8_sums_op, (whole, weight, 16))
+
+    def product(counts: Tensor) -> Tensor:
+        return int8_linear_packed(counts, packed, threshold=threshold) + 1
+
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(whole), product(whole))
+
+
+def test_large_weights_lie_on_huge_pages() -> None:
+    arena = Arena(3 * HUGE)
+    first, second = arena.tensor((HUGE,), torch.int8), arena.tensor((10, 3), torch.float32)
+    assert first.data_ptr() % HUGE == 0 and second.data_ptr() % 64 == 0 and not second.any()
+    with pytest.raises(MemoryError, match="has .* left"):
+        arena.tensor((3 * HUGE,), torch.int8)
+    assert Arena(0).tensor((0, 3), torch.float32).shape == (0, 3)
+    first.fill_(1)
+    del arena  # the tensors keep the pages
+    assert bool((first == 1).all())
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.is_file() or "[never]" in enabled.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags")
+    here = [m for m in maps if _holds(m, first.data_ptr())]
+    assert len(here) == 1 and "AnonHugePages:" in here[0]
+    assert "hg" in maps[maps.index(here[0]) + 1].splitlines()[0]  # advised; the kernel may be short of them
+
+
+def _holds(mapping: str, address: int) -> bool:
+    for line in mapping.splitlines():
+        start, dash, rest = line.partition("-")
+        if dash and " " in rest and all(ch in "0123456789abcdef" for ch in start) and start:
+            return int(start, 16) <= address < int(rest.split()[0], 16)
+    return False

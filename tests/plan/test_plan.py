@@ -1,4 +1,4 @@
-"""What a decode plan does besides arithmetic: slots, states, statistics, what it refuses, what it leaves alone."""
+"""What a decode plan does besides arithmetic: slots, states, statistics, refusals, what it leaves alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import nn
 from spikelm import state as states
 from spikelm.decoding import DecodePlan
 from spikelm.errors import KernelError, PlanError, StateError
+from spikelm.kernels.compile import compiler_command
 from spikelm.kernels.plan.builder import Builder
-from spikelm.kernels.plan.records import library, ops
+from spikelm.kernels.plan.records import ops
 from spikelm.meter import Meter
 from spikelm.model import SpikeLM
 from spikelm.recurrence import Context, Part
@@ -24,8 +25,9 @@ from .models import INT8, INT8_HEAD, NEURONS, VOCABULARY, in_plan, in_python, mo
 
 @pytest.fixture(autouse=True)
 def _needs_c() -> None:
+    """Where there is a compiler, C that does not compile is a failure."""
     try:
-        library()
+        compiler_command()
     except KernelError as error:
         pytest.skip(f"no C kernels: {error}")
 

@@ -58,6 +58,10 @@ def test_the_checkpoint(converted: SimpleNamespace, trained: SimpleNamespace) ->
         error = weights[f"{path}.weight"].float() * scales - before[f"{path}.weight"]
         assert float(error.norm() / before[f"{path}.weight"].norm()) < 0.02
     assert torch.equal(weights["head.linear.weight"], before["head.linear.weight"])
+    # What fired on the held-out text is kept for the layout of the weights.
+    rows = converted.report["projections"]
+    silent = {path: row["silent"] for path, row in rows.items() if "silent" in row}
+    assert len(silent) == 14 and load_model(converted.out).firing == silent
     neurons = [config.input_neuron(path.removesuffix(".linear")) for path in paths]
     assert all(neuron["name"] == "adaptive" for neuron in neurons)
     assert len({neuron["k"] for neuron in neurons}) > 2  # each its own

@@ -1,8 +1,8 @@
 """Fixtures of the Triton tests: one suite, interpreted on a CPU and compiled on a GPU.
 
 Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1) on CPU tensors, in float32: its
-``tl.dot`` of bfloat16 is silently wrong. With one every test of this folder carries the mark ``gpu``, so that
-``make gpu`` (``pytest -m gpu``) runs it on the device, in bfloat16 too. Nothing here needs more than pytest,
+``tl.dot`` of bfloat16 is silently wrong. With one every test that uses the device carries the mark ``gpu``,
+so that ``make gpu`` (``pytest -m gpu``) runs it there, in bfloat16 too. Nothing here needs more than pytest,
 torch and triton: a GPU machine may have nothing else.
 """
 
@@ -23,6 +23,10 @@ if not ON_GPU:
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
 
 
+ON_DEVICE = {"device", "dtype", "dtypes", "triton_form"}
+"""Fixtures of tests that run on the GPU; what only compiles or starts programs needs none."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for ``dtype`` runs once per dtype."""
     if "dtype" in metafunc.fixturenames and not any(
@@ -36,12 +40,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU machine the whole folder is part of ``make gpu``."""
+    """On a GPU machine every test of this folder that uses the device is part of ``make gpu``."""
     if not ON_GPU:
         return
     here = Path(__file__).parent
     for item in items:
-        if here in item.path.parents:
+        if here in item.path.parents and ON_DEVICE & set(getattr(item, "fixturenames", ())):
             item.add_marker("gpu")
 
 
