@@ -17,9 +17,8 @@ HERE = Path(__file__).parent
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so")
 
 
-@pytest.mark.slow
-def test_no_sanitizer_complains(tmp_path: Path) -> None:
-    """Every test of the C forms again, with kernels that stop at a wrong access or undefined operation."""
+def sanitized(cache: Path) -> dict[str, str]:
+    """Environment of a process whose kernels are built with sanitizers; skips where the compiler has none."""
     try:
         (compiler, *_) = compiler_command()
     except KernelError as error:
@@ -33,8 +32,7 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
         if not Path(found).is_absolute():
             pytest.skip(f"the compiler has no {name}")
         preload.append(found)
-    cache = tmp_path / "cache"
-    environment = {
+    return {
         **os.environ,
         "CC": f"{compiler} -g -fsanitize=address,undefined",
         "SPIKELM_CACHE": str(cache),
@@ -43,8 +41,15 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+@pytest.mark.slow
+def test_no_sanitizer_complains(tmp_path: Path) -> None:
+    """Every test of the C forms again, with kernels that stop at a wrong access or undefined operation."""
+    cache = tmp_path / "cache"
+    environment = sanitized(cache)
     in_c = [op for op, forms in OPS.items() if "c" in forms]
-    files = [str(HERE / f"test_{op}.py") for op in in_c]
+    files = [str(HERE / f"test_{op}.py") for op in in_c] + [str(HERE / "test_encode_int8.py")]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-k", "not torch and not opcheck"]
     done = subprocess.run(
@@ -60,3 +65,46 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
     built = list(cache.glob("*.so"))
     assert {library.name.rpartition("-")[0] for library in built} >= set(in_c)
     assert all(b"__asan_init" in library.read_bytes() for library in built)
+
+
+FUZZ = """
+import random, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_library_rules as rules
+from spikelm.kernels.dispatch import OPS, use_backend
+
+torch.manual_seed(0)
+chosen = random.Random(0)
+seen = set()
+for _ in range(60):
+    rules.B, rules.C = chosen.choice([1, 2, 3]), chosen.choice([1, 7, 8, 9, 31, 33, 65, 130, 513])
+    rules.H, rules.K = chosen.choice([1, 2, 3]), chosen.choice([1, 3, 8, 17, 33])
+    T = chosen.choice([1, 2, 3, 15, 31, 32, 33, 65])
+    torch.set_num_threads(chosen.choice([1, 2]))
+    for op, call, given in rules.calls(T).values():
+        if "c" not in OPS[op]:
+            continue
+        seen.add(op)
+        learns = op != "rowwise"  # inference only
+        leaves = [x.clone().requires_grad_(learns) if x.is_floating_point() else x for x in given]
+        with use_backend("c"):
+            outputs = [y for y in rules.tensors_of(call(*leaves)) if y.requires_grad]
+            if outputs:
+                torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
+assert seen == {op for op, forms in OPS.items() if "c" in forms}, seen
+"""
+
+
+@pytest.mark.slow
+def test_a_fuzz_of_shapes(tmp_path: Path) -> None:
+    """Every op with a C form, forward and backward, at random shapes, sizes of teams and lengths."""
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZ, str(HERE)],
+        env=sanitized(tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        cwd=HERE.parents[1],
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
