@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 
 from spikelm.errors import KernelError, nearest
 from spikelm.kernels import compile as compiler
-from spikelm.kernels.triton_excluded import why_excluded
+from spikelm.kernels.triton_excluded import PROVISIONAL, why_excluded
 
 AUTO = "auto"
 BACKENDS = ("reference", "torch", "c", "triton")
@@ -57,6 +58,7 @@ _REASONS: Mapping[str, str] = MappingProxyType(
 _SPOKEN: Mapping[str, str] = MappingProxyType({"c": "C", "triton": "Triton"})
 
 logger = logging.getLogger(__name__)
+_Function = TypeVar("_Function", bound=Callable[..., object])
 _chosen: ContextVar[str | None] = ContextVar("spikelm_kernel_backend", default=None)
 
 
@@ -70,8 +72,14 @@ def backend() -> str:
     return name
 
 
-# A ContextVar cannot be traced: torch.compile asks once, as it traces.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _asked_once_when_traced(function: _Function) -> _Function:
+    """What ``torch.compiler.assume_constant_result`` does, which would import all of Dynamo here."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# A ContextVar cannot be traced.
+@_asked_once_when_traced
 def _backend() -> str:
     chosen = _chosen.get()
     if chosen is not None:
@@ -112,7 +120,7 @@ def choose(op: str, device: torch.device, **configuration: object) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@_asked_once_when_traced
 def _choose(op: str, device: torch.device, **configuration: object) -> str:
     if op not in OPS:
         raise KernelError(nearest("kernel op", op, OPS))
@@ -159,6 +167,8 @@ def _automatic(op: str, device_type: str) -> str:
     fast = _FAST.get(device_type)
     if fast is None or fast not in OPS[op]:
         chosen, reason = "torch", f"no {device_type} kernel of it exists"
+    elif fast == "triton" and op in PROVISIONAL:
+        chosen, reason = "torch", f"its Triton form is provisional: {PROVISIONAL[op]}"
     else:
         problem = _problem(op, fast, device_type)
         if problem is not None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 
 import torch
 
@@ -40,6 +41,15 @@ class Excluded:
 
 
 EXCLUDED: tuple[Excluded, ...] = ()
+
+PROVISIONAL: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        ("gated_delta", "gla"),
+        "not all of its configurations were compiled ahead of time, and some of those that were spill more "
+        "than 64 bytes; use_backend('triton') runs it",
+    )
+)
+"""Op -> why ``auto`` does not take its Triton form on any device yet; asked for by name it runs."""
 
 
 def why_excluded(op: str, device: torch.device, configuration: Mapping[str, object]) -> str | None:

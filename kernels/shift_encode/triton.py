@@ -19,9 +19,11 @@ from spikelm.kernels.ahead import Compilation
 from spikelm.kernels.encode.triton_common import as_int8, counts_of, threshold_of
 from spikelm.kernels.shift_encode.options import Norm, Options
 from spikelm.kernels.triton_scan import TYPES, alignment
+from spikelm.kernels.triton_targets import target_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 8192  # features that fit the registers of a program
+WIDEST = {"sm_80": 8192, "sm_90": 8192, "sm_100": 4096, "gfx942": 8192}
+"""Features that fit the registers of a program."""
 
 
 @triton.jit
@@ -114,8 +116,9 @@ def check(x: Tensor) -> str | None:
     """Why the Triton form cannot take x, or None."""
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {x.dtype}"
-    if x.shape[-1] > WIDEST:
-        return f"takes up to {WIDEST} features, not {x.shape[-1]}"
+    widest = WIDEST[target_of(x.device)]
+    if x.shape[-1] > widest:
+        return f"takes up to {widest} features, not {x.shape[-1]}"
     return None
 
 
@@ -268,6 +271,8 @@ def compilations(target: str) -> list[Compilation]:
     )
     for dtype in (torch.float32, torch.bfloat16):
         for width, centred, mixes, missing in cases:
+            if width > WIDEST[target]:
+                continue
             block = triton.next_power_of_2(width)
             constants = {"MIXES": mixes, "CENTRED": centred, "BLOCK": block, "ALIGN": alignment(width)}
             constants.update(missing)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from spikelm.kernels import ahead
+from spikelm.kernels.triton_excluded import PROVISIONAL
 
 pytest.importorskip("triton")
 
@@ -36,6 +37,8 @@ def same_triton(table: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("module", ahead.modules())
 def test_every_configuration_is_in_the_table(module: str, table: dict[str, Any]) -> None:
     """For every target, made from the sources as they are now."""
+    if module.split(".")[2] in PROVISIONAL:
+        pytest.skip(f"auto does not take it: {PROVISIONAL[module.split('.')[2]]}")
     entry = table["modules"].get(module)
     assert entry is not None, f"{module} is not in the table{AGAIN}"
     assert entry["source"] == ahead.source_hash(module), f"{module} has changed{AGAIN}"
@@ -54,7 +57,8 @@ def test_the_hash_covers_what_a_module_imports() -> None:
 
 
 def test_no_module_is_left_over(table: dict[str, Any]) -> None:
-    assert sorted(table["modules"]) == ahead.modules(), AGAIN
+    shipped = [module for module in ahead.modules() if module.split(".")[2] not in PROVISIONAL]
+    assert sorted(table["modules"]) == shipped, AGAIN
 
 
 def test_nothing_spills_and_shared_memory_suffices(table: dict[str, Any]) -> None:
