@@ -218,8 +218,8 @@ def test_a_sample_that_a_stop_prevented_is_made_up_for(
         if self._state.step == at and moment == "before the sample":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def stopped_writing(model: Any, *args: Any) -> Any:
-        for number, piece in enumerate(generate(model, *args)):
+    def stopped_writing(model: Any, *args: Any, **options: Any) -> Any:
+        for number, piece in enumerate(generate(model, *args, **options)):
             yield piece
             if number == 1 and moment == "while it is written" and trainer._state.step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
