@@ -179,7 +179,7 @@ def test_wrong_tensors_are_refused(name: str, wrong: str) -> None:
 
 
 def test_checks_are_cheap() -> None:
-    """Under 25 us each even on a busy machine (on a quiet one under 5)."""
+    """Under 25 us each even on a busy machine."""
     from spikelm.kernels import gla as gla_module
     from spikelm.kernels import lif as lif_module
     from spikelm.kernels import wkv4 as wkv4_module
