@@ -22,7 +22,7 @@ from spikelm.model import SpikeLM
 from spikelm.projection import Projection
 from spikelm.recurrence import Part
 from spikelm.state import State
-from spikelm.weights import Int8Linear, pack_model
+from spikelm.weights import Int8Linear, choose_layout, pack_model
 
 _PROBLEMS = (
     "",
@@ -263,19 +263,19 @@ def move_weights(model: nn.Module) -> None:
     _moved[model] = tuple(parameter.data_ptr() for parameter in parameters)
 
 
-def pack_weights(model: nn.Module) -> None:
+def pack_weights(model: SpikeLM) -> None:
     """Pack the int8 matrices of a model that are not packed yet; see :func:`spikelm.weights.pack_model`."""
     counted = [
-        module.linear
+        module
         for module in model.modules()
         if isinstance(module, Projection) and isinstance(module.linear, Int8Linear) and module.neuron.spiking
     ]
-    waiting = [linear for linear in counted if linear.packed is None]
+    waiting = [module for module in counted if cast(Int8Linear, module.linear).packed is None]
     if waiting and len(waiting) == len(counted):
         pack_model(model)
         return
-    for linear in waiting:
-        linear.pack_()
+    for module in waiting:
+        cast(Int8Linear, module.linear).pack_(choose_layout(model.firing.get(module.path)))
 
 
 def _check_model(model: SpikeLM) -> None:
