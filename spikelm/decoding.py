@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from spikelm import state as states
 from spikelm.errors import KernelError, PlanError
 from spikelm.kernels.memory import Arena, aligned
-from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
+from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, fields
+from spikelm.kernels.plan.overrides import check_overrides
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
 from spikelm.model import SpikeLM
 from spikelm.projection import Projection
