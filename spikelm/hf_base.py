@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from spikelm.errors import CheckpointError, ConfigError
 from spikelm.firing import FIRING, take_firing, write_firing
@@ -67,7 +67,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         """Save as transformers does, and what is known of firing."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and Path(save_directory).is_dir():
-            write_firing(cast(SpikeLM, self.model), save_directory)
+            write_firing(cast(SpikeLM, self.model), Path(save_directory))
 
     def _finish(self, core: SpikeLM) -> None:
         """Take the core, and tell transformers what stays in float32, parts of other packages included."""

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from spikelm.codings.product import expanded_product
 from spikelm.errors import PlanError
-from spikelm.kernels.plan.builder import SPIKES
-from spikelm.neurons.base import Neuron
+from spikelm.kernels.plan.builder import INT8_SPIKES, SPIKES
+from spikelm.kernels.plan.observation import Observation
+from spikelm.neurons.base import LoweredSpikes, Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
 from spikelm.weights import FLOAT, LARGEST, Int8Linear, build_weights
@@ -120,6 +121,7 @@ class Projection(Part):
             raise PlanError(f"{self.path} has {type(self.linear).__name__} weights, which have no records")
         weight, y = self.linear.weight, plan.register(self.out_features)
         spikes = self.neuron.lower_spikes(plan, x, state)
+        self._observe(plan, spikes)
         row = plan.statistics(self.path, self.in_features, self.out_features)
         plan.record(
             "linear",
@@ -135,6 +137,7 @@ class Projection(Part):
         row = plan.statistics(self.path, self.in_features, self.out_features)
         if not self.neuron.spiking:
             values = self.neuron.lower(plan, x, state)
+            self._observe(plan, LoweredSpikes(values=values))
             plan.record(
                 "linear_int8_float",
                 *(values, y, row),
@@ -149,12 +152,30 @@ class Projection(Part):
         )
         plan.need_scratch(plan.int8_scratch(weights))
         spikes = self.neuron.lower_spikes(plan, x, state, integer=True)
+        self._observe(plan, spikes)
         plan.record(
             "linear_int8",
             *(cast("Register", spikes.counts), y, -1 if spikes.scale is None else spikes.scale, row),
             p=(weights, bias),
         )
         return y
+
+    def _observe(self, plan: Builder, spikes: LoweredSpikes) -> None:
+        """What :meth:`_product` tells a meter."""
+        values = spikes.values if spikes.counts is None else spikes.counts
+        clipped = spikes.before is not None and spikes.scale is not None
+        plan.observe(
+            Observation(
+                path=self.path,
+                spiking=self.neuron.spiking,
+                in_features=self.in_features,
+                out_features=self.out_features,
+                cap=getattr(self.neuron, "cap", None),
+            ),
+            cast("Register", values),
+            cast("tuple[Register, Register]", (spikes.before, spikes.scale)) if clipped else None,
+            flags=0 if spikes.counts is None else INT8_SPIKES,
+        )
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """One token: x [B, D] -> y [B, D']."""

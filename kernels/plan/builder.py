@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spikelm.errors import PlanError
 from spikelm.kernels.int8_linear.c import describe
+from spikelm.kernels.plan.observation import Observation
 from spikelm.kernels.plan.records import Limit, Record, library, ops
 from spikelm.kernels.plan.registers import (
     Draft,
@@ -90,6 +91,7 @@ class Builder:
         slots: the largest batch.
         threads: that a record may use.
         projections: those that report statistics, in the order of their rows.
+        observations: what is counted for a meter.
         scratch: bytes that the hungriest record needs besides registers.
         kept: everything whose address stands in a record.
         refusals: what raises the error of every limit.
@@ -99,6 +101,7 @@ class Builder:
     slots: int = 1
     threads: int = 1
     projections: list[Projected] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     scratch: int = 0
     kept: list[Any] = field(default_factory=list)
     _drafts: list[Draft] = field(default_factory=list)
@@ -240,6 +243,31 @@ class Builder:
         """Row of the statistics that belongs to one projection."""
         self.projections.append(Projected(path, in_features, out_features))
         return len(self.projections) - 1
+
+    def observe(
+        self,
+        observation: Observation,
+        spikes: Register,
+        before: tuple[Register, Register] | None = None,
+        flags: int = 0,
+    ) -> None:
+        """Count spikes for a meter, in steps that have one.
+
+        Args:
+            observation: where the sums go.
+            spikes: the values, float32, or bytes where ``flags`` has INT8_SPIKES.
+            before: x and threshold of counts round(x / threshold) that the cap may have made smaller.
+            flags: INT8_SPIKES or 0.
+        """
+        self.observations.append(observation)
+        sums = (observation.numbers, observation.magnitude, observation.fired)
+        self.record(
+            "observe",
+            *(spikes, observation.in_features, *(before or (-1, -1))),
+            f=(observation.cap or 0,),
+            p=[value.data_ptr() for value in sums],
+            flags=flags,
+        )
 
     def child(self, part: nn.Module, x: Register, state: Field | Fields) -> Register:
         """The records of a part inside this one, given its share of the state.

@@ -122,9 +122,10 @@ class Adaptive(Neuron):
             f=(self.k, self.dead_zone, UNLIMITED if self.cap is None else self.cap),
             flags=INT8_SPIKES if integer else 0,
         )
+        before = None if self.cap is None else x
         if integer:
-            return LoweredSpikes(counts=counts, scale=threshold)
-        return LoweredSpikes(values=counts, scale=threshold)
+            return LoweredSpikes(counts=counts, scale=threshold, before=before)
+        return LoweredSpikes(values=counts, scale=threshold, before=before)
 
     def clipped(self, x: Tensor, spikes: Tensor, scale: Tensor | None) -> Tensor | None:
         """Where |round(x / V)| exceeds the cap; a count that just reaches it is not cut off."""

@@ -60,11 +60,13 @@ class LoweredSpikes:
         values: float32 spikes; None where counts are given.
         counts: int8 spikes, one byte each.
         scale: one float, what the product is multiplied with; None for 1.
+        before: x of counts round(x / scale) that a cap may have made smaller; None without a cap.
     """
 
     values: Register | None = None
     counts: Register | None = None
     scale: Register | None = None
+    before: Register | None = None
 
 
 class Neuron(Part):
