@@ -137,7 +137,7 @@ FLOAT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FLOAT)
 def test_float_models_give_the_same_figures(name: str) -> None:
-    """Sums of floats are rounded in another order, and a value at its threshold may fall to the other side."""
+    """Sums of floats have another order, and a value at its threshold may fall to the other side."""
     wanted, found = metered_alike(model_of(**FLOAT[name]))
     close(wanted, found, moved=3)
     assert bool(found["neurons"]) == name.startswith("after")
