@@ -78,7 +78,29 @@ class Projection(Part):
         return self.neuron.init_state(batch, device, dtype, max_len)
 
     def _product(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        whole = isinstance(self.linear, Int8Linear) and self.neuron.spiking
+        if whole and ctx.coding is None and self.parallel is None and not torch.is_grad_enabled():
+            return self._integer_product(x, state, ctx)
         spikes, scale, state = self.neuron.encode(x, state, ctx)
+        self._report(x, spikes, scale, ctx)
+        parallel = self.parallel
+        y = self.multiply(spikes, ctx) if parallel is None else parallel.product(self, spikes, ctx)
+        if scale is not None:
+            y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return (y.to(x.dtype) if isinstance(self.linear, Int8Linear) else y), state
+
+    def _integer_product(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """The same bits without gradients: counts stay int8, and scale and bias are part of the product."""
+        # A meter is shown counts that are NaN as such.
+        encode = self.neuron.encode if ctx.meter is not None else self.neuron.encode_int8
+        spikes, scale, state = encode(x, state, ctx)
+        self._report(x, spikes, scale, ctx)
+        return self.linear(spikes, scale, self.bias).to(x.dtype), state
+
+    def _report(self, x: Tensor, spikes: Tensor, scale: Tensor | None, ctx: Context) -> None:
+        """Tell the meter what reaches the weights."""
         if ctx.meter is not None:
             ctx.meter.record(
                 self.path,
@@ -91,13 +113,6 @@ class Projection(Part):
             clipped = self.neuron.clipped(x, spikes, scale)
             if clipped is not None:
                 ctx.meter.record_clipped(self.path, clipped, valid=ctx.valid)
-        parallel = self.parallel
-        y = self.multiply(spikes, ctx) if parallel is None else parallel.product(self, spikes, ctx)
-        if scale is not None:
-            y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return (y.to(x.dtype) if isinstance(self.linear, Int8Linear) else y), state
 
     def multiply(self, spikes: Tensor, ctx: Context) -> Tensor:
         """Spikes times weights; float32 for int8 weights, else the weights' dtype."""

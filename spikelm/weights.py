@@ -126,11 +126,27 @@ class Int8Linear(nn.Module):
             self.register_buffer("scales", scales)
         return self
 
-    def forward(self, counts: Tensor) -> Tensor:
-        """Exact product with whole numbers: counts [.., D], at most 127 -> float32 [.., O]."""
+    def forward(self, counts: Tensor, threshold: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Exact product with whole numbers, times what a count stands for, plus a bias.
+
+        Args:
+            counts: [.., D], at most 127.
+            threshold: [.., 1]; None for 1. With it there is no gradient.
+            bias: [O]; None for 0.
+
+        Returns:
+            float32 [.., O] (the scales' dtype): ``(product * threshold).to(float32) + bias``, with these bits
+            also where it is done in one pass.
+        """
         if self._uses_packed(counts) and not (torch.is_grad_enabled() and counts.requires_grad):
-            return int8_linear_packed(counts, cast(PackedInt8, self.packed))
-        return int8_linear(counts, self.weight, self.scales, self.group_size)
+            packed = cast(PackedInt8, self.packed)
+            if threshold is None or threshold.dtype == torch.float32:
+                bias = None if bias is None else bias.float()
+                return int8_linear_packed(counts, packed, threshold=threshold, bias=bias)
+            y = int8_linear_packed(counts, packed)
+            y = (y * threshold).to(y.dtype)
+            return y if bias is None else y + bias.to(y.dtype)
+        return int8_linear(counts, self.weight, self.scales, self.group_size, threshold=threshold, bias=bias)
 
     def integer_sums(self, counts: Tensor) -> Tensor:
         """Exact inner sums before any scale: counts [.., D] -> int32 [groups, .., O]."""
