@@ -137,8 +137,8 @@ def main() -> None:
     rows = [measure(model, length, arguments.repeats) for length in LENGTHS]
     for row in rows:
         print(
-            f"T={row['tokens']}: prompt {row['prompt_ms']:.2f} ms; a block {row['block_apart_ms']:.3f} ms, by "
-            f"the op {row['block_fused_ms']:.3f} ms; it would save {row['saved_share']:.1%} of the prompt"
+            f"T={row['tokens']}: prompt {row['prompt_ms']:.2f} ms; a block {row['block_apart_ms']:.3f} ms, "
+            f"by the op {row['block_fused_ms']:.3f} ms; it would save {row['saved_share']:.1%} of the prompt"
         )
     print(record("shift_encode", {"model": arguments.model, "threads": 1, "rows": rows}))
 
