@@ -100,7 +100,7 @@ def adaptive_encode(
         KernelError: a back-end that was asked for and is not available.
     """
     _check("adaptive_encode", x, mean)
-    name, dtype = _choose(x), _working_dtype(x)
+    name, dtype = _choose(x, "encode"), _working_dtype(x)
     given = None if mean is None else mean.detach().to(dtype)
     # GPU kernels read half precision as it is.
     return _FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
@@ -133,7 +133,7 @@ def adaptive_encode_int8(
     _check("adaptive_encode_int8", x, mean)
     if not 1 <= cap <= LARGEST:
         raise KernelError(f"adaptive_encode_int8 got cap {cap}; int8 counts need one from 1 to {LARGEST}")
-    name, dtype, x = _choose(x), _working_dtype(x), x.detach()
+    name, dtype, x = _choose(x, "encode_int8"), _working_dtype(x), x.detach()
     given = None if mean is None else mean.detach().to(dtype)
     return _INT8_FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
 
@@ -166,11 +166,12 @@ def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
             f"decode_counts needs a threshold {[*counts.shape[:-1], 1]} of float32 or float64 on "
             f"{counts.device}, got {threshold.dtype} {list(threshold.shape)} on {threshold.device}"
         )
-    return _DECODE_FORMS[choose("encode", counts.device)](counts, threshold)
+    name = choose("encode", counts.device, kernel="decode", dtype=counts.dtype)
+    return _DECODE_FORMS[name](counts, threshold)
 
 
-def _choose(x: Tensor) -> str:
-    name = choose("encode", x.device)
+def _choose(x: Tensor, kernel: str) -> str:
+    name = choose("encode", x.device, kernel=kernel, dtype=x.dtype)
     # GPU kernels compute in float32.
     return "torch" if name == "triton" and x.dtype == torch.float64 and backend() == AUTO else name
 

@@ -78,7 +78,7 @@ def int8_linear(
     size = width if group is None else group
     _check(counts, weight, scales, size)
     _check_rest(counts, weight, threshold, bias)
-    name = choose("int8_linear", counts.device)
+    name = choose("int8_linear", counts.device, dtype=counts.dtype)
     if name == "triton" and scales.dtype != torch.float32:
         if backend() == "triton":
             raise KernelError(

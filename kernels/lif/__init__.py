@@ -96,7 +96,10 @@ def lif(
         alpha=alpha,
     )
     derivative(surrogate)  # an unknown name is refused here, whatever the back-end
-    form = "torch" if callable(surrogate) and backend() == AUTO else choose("lif", x.device)
+    if callable(surrogate) and backend() == AUTO:
+        form = "torch"
+    else:
+        form = choose("lif", x.device, kernel="sequence", dtype=x.dtype, surrogate=surrogate)
     if form == "triton" and x.dtype == torch.float64 and backend() == AUTO:
         form = "torch"  # GPU kernels compute in float32
     if form == "triton":

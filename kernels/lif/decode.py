@@ -64,7 +64,8 @@ def _lif_decode(
     decay_input: bool,
 ) -> Tensor:
     neuron = Neuron(threshold=threshold, v_reset=v_reset, soft_reset=soft_reset, decay_input=decay_input)
-    if choose("lif", x.device) == "triton" and x.dtype != torch.float64:
+    name = choose("lif", x.device, kernel="decode", dtype=x.dtype)
+    if name == "triton" and x.dtype != torch.float64:
         from spikelm.kernels.lif import triton
 
         fired: Tensor = triton.lif_decode(x, pool, slots, rate, neuron)

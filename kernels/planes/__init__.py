@@ -79,7 +79,7 @@ def expand_planes(counts: Tensor, planes: int) -> Tensor:
         raise KernelError(
             f"expand_planes got {planes} planes; expected from 1 to {MOST_PLANES} (int8 counts)"
         )
-    return _EXPAND[choose("planes", counts.device)](counts, planes)
+    return _EXPAND[choose("planes", counts.device, kernel="expand")](counts, planes)
 
 
 def collapse_planes(packed: Tensor, width: int) -> Tensor:
@@ -107,4 +107,4 @@ def collapse_planes(packed: Tensor, width: int) -> Tensor:
             f"collapse_planes needs uint8 [2 to {MOST_PLANES + 1}, .., {(max(width, 0) + 7) // 8}] for "
             f"{width} channels, got {packed.dtype} {list(packed.shape)}"
         )
-    return _COLLAPSE[choose("planes", packed.device)](packed, width)
+    return _COLLAPSE[choose("planes", packed.device, kernel="collapse")](packed, width)

@@ -45,8 +45,8 @@ def _triton(
     return found
 
 
-def _choose(x: Tensor) -> str:
-    name = choose("shift_encode", x.device)
+def _choose(x: Tensor, kind: str) -> str:
+    name = choose("shift_encode", x.device, dtype=x.dtype, norm=kind)
     if name != "triton" or backend() != AUTO:
         return name
     from spikelm.kernels.shift_encode import triton
@@ -127,7 +127,7 @@ def shift_encode(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     bias = None if norm_bias is None else norm_bias.detach().to(dtype)
     norm = Norm(kind=kind, weight=norm_weight.detach().to(dtype), bias=bias, eps=eps)
-    name, x = _choose(x), x.detach()
+    name, x = _choose(x, kind), x.detach()
     x = x if name == "triton" else x.to(dtype)  # GPU kernels read half precision as it is
     return _FORMS[name](x, norm, last.detach().to(dtype), mixes.detach().to(dtype), options, reset, valid)
 

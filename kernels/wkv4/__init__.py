@@ -84,7 +84,7 @@ def wkv4(
     _check(w, u, k, v, state)
     check_companions("wkv4", k, w=w, u=u, v=v, state=state)
     check_masks(k, reset, valid)
-    name = choose("wkv4", k.device)
+    name = choose("wkv4", k.device, kernel="sequence", dtype=k.dtype)
     dtype = torch.float64 if torch.float64 in (k.dtype, v.dtype) else torch.float32
     decay = -torch.exp(w.to(dtype))
     if name == "triton" and dtype == torch.float64 and backend() == AUTO:

@@ -45,7 +45,8 @@ def wkv4_decode(w: Tensor, u: Tensor, k: Tensor, v: Tensor, pool: Tensor, slots:
 
 @torch.library.custom_op("spikelm::wkv4_decode", mutates_args=("pool",))
 def _wkv4_decode(decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
-    if choose("wkv4", k.device) == "triton" and pool.dtype != torch.float64:
+    name = choose("wkv4", k.device, kernel="decode", dtype=k.dtype)
+    if name == "triton" and pool.dtype != torch.float64:
         from spikelm.kernels.wkv4 import triton
 
         found: Tensor = triton.wkv4_decode(decay, bonus, k, v, pool, slots)
