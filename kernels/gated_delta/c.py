@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels.compile import load
+from spikelm.kernels.gates import refuse_decay, refuse_not_finite
 from spikelm.kernels.pointers import address, contiguous_mask, threads_for
 
 CHUNK = 32  # tokens of a chunk, as in chunk.h
@@ -31,7 +32,7 @@ def _library(dtype: torch.dtype) -> CDLL:
     library.gated_delta_scratch.restype = c_int64
     library.gated_delta_forward.argtypes = [*[c_int64] * 6, c_double, *[c_void_p] * 12, c_int64, c_int]
     library.gated_delta_backward.argtypes = [*[c_int64] * 6, c_double, *[c_void_p] * 17, c_int64, c_int]
-    library.gated_delta_forward.restype = library.gated_delta_backward.restype = None
+    library.gated_delta_backward.restype = None
     return library
 
 
@@ -68,7 +69,7 @@ def gated_delta_forward(
     size = 0 if steps == 1 else _scratch_size(q.dtype, sizes[2:], False)
     scratch = q.new_empty(threads, size)
     masks = (contiguous_mask(reset), contiguous_mask(valid))
-    _library(q.dtype).gated_delta_forward(
+    wrong = _library(q.dtype).gated_delta_forward(
         *sizes,
         scale,
         *map(address, (q, k, v, g, beta, state, *masks, o, last)),
@@ -77,6 +78,9 @@ def gated_delta_forward(
         size,
         threads,
     )
+    if wrong:
+        refuse_decay("gated_delta", "g", g, valid)
+        refuse_not_finite("gated_delta", "beta", beta, valid)
     return o, last, states
 
 

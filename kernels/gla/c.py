@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels.compile import load
+from spikelm.kernels.gates import refuse_decay
 from spikelm.kernels.pointers import address, contiguous_mask, threads_for
 
 CHUNK = 32  # tokens of a chunk, as in chunk.h
@@ -31,7 +32,7 @@ def _library(dtype: torch.dtype) -> CDLL:
     library.gla_scratch.restype = c_int64
     library.gla_forward.argtypes = [*[c_int64] * 7, c_double, *[c_void_p] * 11, c_int64, c_int]
     library.gla_backward.argtypes = [*[c_int64] * 7, c_double, *[c_void_p] * 15, c_int64, c_int]
-    library.gla_forward.restype = library.gla_backward.restype = None
+    library.gla_backward.restype = None
     return library
 
 
@@ -68,7 +69,7 @@ def gla_forward(
     size = 0 if steps == 1 else _scratch_size(q.dtype, sizes[2:], False)
     scratch = q.new_empty(threads, size)
     masks = (contiguous_mask(reset), contiguous_mask(valid))
-    _library(q.dtype).gla_forward(
+    wrong = _library(q.dtype).gla_forward(
         *sizes,
         scale,
         *map(address, (q, k, v, g, state, *masks, o, last)),
@@ -77,6 +78,8 @@ def gla_forward(
         size,
         threads,
     )
+    if wrong and g is not None:
+        refuse_decay("gla", "g", g, valid)
     return o, last, states
 
 
