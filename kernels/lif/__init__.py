@@ -84,8 +84,8 @@ def lif(
         ShapeError: shapes or dtypes that do not fit.
         GateError: on CPUs, a rate that is NaN or infinite. Not seen on GPUs, where a look at the values would
             stop the queue.
-        KernelError: a threshold, v_reset or alpha that is NaN or infinite, an unknown surrogate, or a back-end
-            that was asked for and is not available.
+        KernelError: a threshold, v_reset or alpha that is NaN or infinite, an unknown surrogate, or a
+            back-end that was asked for and is not available.
     """
     _check(x, v0, rate, reset, valid)
     refuse_number("lif", threshold=threshold, v_reset=v_reset, alpha=alpha)

@@ -43,8 +43,8 @@ def lif_decode(
     Raises:
         ShapeError: shapes or dtypes that do not fit.
         GateError: on CPUs, a rate that is NaN or infinite; no membrane has changed then.
-        KernelError: a threshold or v_reset that is NaN or infinite, or a back-end that was asked for and is not
-            available.
+        KernelError: a threshold or v_reset that is NaN or infinite, or a back-end that was asked for and is
+            not available.
     """
     if x.dim() != 2 or not x.is_floating_point():
         raise ShapeError(f"lif_decode needs floating x [B, C], got {x.dtype} {list(x.shape)}")
