@@ -45,7 +45,7 @@ class KernelError(SpikeLMError):
 
 
 class GateError(KernelError):
-    """A gate or decay that is NaN, or outside what its equation allows: a model or its input has gone wrong."""
+    """A gate or decay that is NaN or outside what its equation allows: a model or its input went wrong."""
 
 
 class PlanError(KernelError):

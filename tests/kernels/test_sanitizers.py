@@ -17,9 +17,7 @@ HERE = Path(__file__).parent
 def test_no_sanitizer_complains(sanitized: dict[str, str]) -> None:
     """Every test of the C forms again, with kernels that stop at a wrong access or undefined operation."""
     in_c = [op for op, forms in OPS.items() if "c" in forms]
-    files = [str(HERE / f"test_{op}.py") for op in in_c] + [
-        str(HERE / f"test_{name}.py") for name in ("encode_int8", "gates")
-    ]
+    files = [str(HERE / f"test_{name}.py") for name in (*in_c, "encode_int8", "gates")]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-k", "not torch and not opcheck"]
     done = subprocess.run(

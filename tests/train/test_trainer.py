@@ -225,7 +225,7 @@ def test_real_divergence_is_caught(make_values: Any) -> None:
 
 @pytest.mark.parametrize("mixer", ["gla", "gated_delta"])
 def test_a_gate_that_a_kernel_refuses_is_a_bad_step(make_values: Any, mixer: str) -> None:
-    """No mock: activations that overflow before they make a gate. Kernels on CPUs raise, the trainer stops."""
+    """No mock: activations that are NaN before they make a gate, which kernels on CPUs raise for."""
     layer = {"mixer": {"name": mixer, "num_heads": 2}, "channel": {"name": "rwkv"}}
     run = trainer(make_values(model__layers=[layer]))
     with torch.no_grad():
