@@ -176,7 +176,7 @@ def _fused(
     rows = counts.reshape(-1, counts.shape[-1])
     inside = threshold is None or threshold.dtype == torch.float32
     factor = threshold.reshape(-1) if threshold is not None and inside else None
-    y: Tensor = triton.product(rows, weight, scales, group, factor, bias if inside else None)
+    y: Tensor = triton.product(rows, weight, scales.detach(), group, factor, bias if inside else None)
     y = y.reshape(*counts.shape[:-1], weight.shape[0])
     if threshold is not None and not inside:
         y = (y * threshold).to(y.dtype)
