@@ -47,8 +47,10 @@ class ChunkedOp:
         reset: Tensor | None,
         valid: Tensor | None,
         keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [B, T, H, V], last state [B, G, K, V], and with ``keep`` states [B, G, chunks, K, V]."""
+    ) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Output [B, T, H, V], last state [B, G, K, V], with ``keep`` states [B, G, chunks, K, V], and
+        whether a gate was met that is none.
+        """
         given = [None if x is None else x.contiguous() for x in inputs]
         state = state.contiguous()
         batch, steps, heads, groups, key_dim, value_dim = sizes[:6]
@@ -57,8 +59,8 @@ class ChunkedOp:
         size = 0 if steps == 1 else _scratch_size(self, state.dtype, tuple(sizes[2:]), False)
         masks = (contiguous_mask(reset), contiguous_mask(valid))
         buffers = (o, last, states if keep else None)
-        self._call("forward", sizes, scale, (*given, state, *masks, *buffers), size)
-        return o, last, states
+        wrong = self._call("forward", sizes, scale, (*given, state, *masks, *buffers), size)
+        return o, last, states, bool(wrong)
 
     def forward_like(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, keep: bool
@@ -97,14 +99,15 @@ class ChunkedOp:
 
     def _call(
         self, function: str, sizes: Sequence[int], scale: float, tensors: Sequence[Tensor | None], size: int
-    ) -> None:
+    ) -> int | None:
         """Run a C function with scratch of ``size`` numbers for each thread; the first tensor is q."""
         q = tensors[0]
         assert q is not None
         threads = threads_for(q)
         scratch = q.new_empty(threads, size)
         run = getattr(_library(self, q.dtype), f"{self.name}_{function}")
-        run(*sizes, scale, *map(address, (*tensors, scratch)), size, threads)
+        found: int | None = run(*sizes, scale, *map(address, (*tensors, scratch)), size, threads)
+        return found
 
 
 @cache
@@ -115,10 +118,13 @@ def _library(op: ChunkedOp, dtype: torch.dtype) -> CDLL:
     scratch.restype = c_int64
     # Forward: inputs, state, two masks, output, last state, states, scratch. Backward: inputs, two masks,
     # states, both incoming gradients, a gradient for each input and for the state, scratch.
-    for function, tensors in (("forward", op.inputs + 7), ("backward", 2 * op.inputs + 7)):
+    for function, tensors, gives in (
+        ("forward", op.inputs + 7, c_int),
+        ("backward", 2 * op.inputs + 7, None),
+    ):
         called = getattr(library, f"{op.name}_{function}")
         called.argtypes = [*[c_int64] * op.sizes, c_double, *[c_void_p] * tensors, c_int64, c_int]
-        called.restype = None
+        called.restype = gives
     return library
 
 

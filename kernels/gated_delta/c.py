@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels.chunks import CHUNK, ChunkedOp
+from spikelm.kernels.gates import refuse_decay, refuse_not_finite
 
 __all__ = ["CHUNK", "gated_delta_backward", "gated_delta_forward"]
 
@@ -43,7 +44,13 @@ def gated_delta_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, T, H, V], last state [B, G, K, V], and with ``keep`` states [B, G, chunks, K, V]."""
-    return _OP.forward(_sizes(q, k, v), (q, k, v, g, beta), state, scale, reset, valid, keep)
+    o, last, states, wrong = _OP.forward(
+        _sizes(q, k, v), (q, k, v, g, beta), state, scale, reset, valid, keep
+    )
+    if wrong:
+        refuse_decay("gated_delta", "g", g, valid)
+        refuse_not_finite("gated_delta", "beta", beta, valid)
+    return o, last, states
 
 
 @gated_delta_forward.register_fake

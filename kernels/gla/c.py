@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels.chunks import CHUNK, ChunkedOp
+from spikelm.kernels.gates import refuse_decay
 
 __all__ = ["CHUNK", "gla_backward", "gla_forward"]
 
@@ -41,7 +42,10 @@ def gla_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, T, H, V], last state [B, G, K, V], and with ``keep`` states [B, G, chunks, K, V]."""
-    return _OP.forward(_sizes(q, k, v, g), (q, k, v, g), state, scale, reset, valid, keep)
+    o, last, states, wrong = _OP.forward(_sizes(q, k, v, g), (q, k, v, g), state, scale, reset, valid, keep)
+    if wrong and g is not None:
+        refuse_decay("gla", "g", g, valid)
+    return o, last, states
 
 
 @gla_forward.register_fake
