@@ -77,6 +77,25 @@ class Synapses:
         """Whether a kernel here reads the weights of inputs that fired and no others."""
         return self.layout == "in_out"
 
+    @property
+    def arithmetic(self) -> str:
+        """Type of number of the products: int8 weights before floating inputs are multiplied as float32."""
+        return "float32" if self.weights == "int8" and not self.spiking else self.weights
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight."""
+        return 8 * self.weight_bytes // (self.inputs * self.outputs)
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the quantised activation that stands for its counts: ceil(log2(T + 1)), and a sign if needed.
+
+        T is the largest |count|, the time steps of a unary code (Yan et al., arXiv 2409.08290).
+        """
+        signed = self.histogram is not None and self.histogram.negative
+        return self.largest.bit_length() + signed
+
     def operations(self) -> Operations:
         """Multiply-accumulates of the product, and the accumulates that stand for them (unary)."""
         effective = self.spikes * self.outputs
@@ -128,6 +147,7 @@ class Synapses:
             "silent": self.silent,
             "silent_channels": self.silent_channels,
             "largest_count": self.largest,
+            "quantised_bits": self.activation_bits if self.spiking else None,
             "layout": self.layout,
             "codings": counted,
         }
