@@ -155,9 +155,10 @@ def test_a_layer_norm_in_numbers() -> None:
 
 def test_spiking_attention_counts_pairs_that_fired() -> None:
     torch.manual_seed(0)
+    common: dict[str, Any] = {"num_heads": 2, "neuron": {"name": "heaviside", "threshold": 0.1}}
     layers = [
-        {"mixer": {"name": "ssa", "num_heads": 2}, "channel": {"name": "mlp", "expand": 2}},
-        {"mixer": {"name": "sdsa", "num_heads": 2, "version": 1}, "channel": {"name": "mlp", "expand": 2}},
+        {"mixer": {"name": "ssa", **common}, "channel": {"name": "mlp", "expand": 2}},
+        {"mixer": {"name": "sdsa", "version": 1, **common}, "channel": {"name": "mlp", "expand": 2}},
     ]
     config = ModelConfig(
         vocab_size=11, hidden_size=8, num_hidden_layers=2, layers=layers, neuron={"name": "lif", "threshold": 0.2}
