@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from spikelm.cli._common import human_bytes, human_count
 
 COLUMNS = ("dense_macs", "effective_macs", "accumulates")
-SINGLE = ("multiplications", "additions", "comparisons", "roundings", "divisions", "roots", "exponentials")
+SINGLE = {
+    "multiplications": "mul",
+    "additions": "add",
+    "comparisons": "cmp",
+    "roundings": "round",
+    "divisions": "div",
+    "roots": "sqrt",
+    "exponentials": "exp",
+}
+"""Operations that are no multiply-accumulates, and their headings."""
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
+    table.add_column(first, no_wrap=True)
     for heading in others:
         table.add_column(heading, justify="right")
     return table
@@ -42,7 +53,7 @@ def of_model(label: str, model: Mapping[str, Any], shown: str, text: str) -> Ite
 
 
 def _operations(title: str, operations: Mapping[str, Any]) -> Table:
-    table = _table(title, "kind", "dense MACs", "effective MACs", "accumulates", *SINGLE)
+    table = _table(title, "kind", "dense MACs", "effective", "accumulates", *SINGLE.values())
     rows = [*operations["by_kind"].items(), ("total", operations["total"])]
     for kind, own in rows:
         table.add_row(kind, *(human_count(own[name]) for name in (*COLUMNS, *SINGLE)))
@@ -50,50 +61,58 @@ def _operations(title: str, operations: Mapping[str, Any]) -> Table:
 
 
 def _projections(operations: Mapping[str, Any]) -> Table:
+    """One row for the projections of one name in all blocks and experts: sums, and means of shares."""
     table = _table(
-        "projections, per token",
-        "path",
-        "in x out",
+        "projections: sums over those of a name, means of shares; never: channels that never fired; events: matrices "
+        "laid out event-driven",
+        "name",
+        "matrices",
         "weights",
         "spikes",
-        "dense MACs",
+        "dense",
         "effective",
-        "accumulates",
+        "accum.",
         "silent",
-        "never fired",
+        "never",
         "largest",
-        "layout",
+        "events",
     )
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for path, one in operations["projections"].items():
+        shape = f"{one['in_features']}x{one['out_features']}"
+        groups.setdefault((re.sub(r"\.\d+(?=\.)", ".*", path), shape, one["weights"]), []).append(one)
+    for (name, shape, weights), alike in groups.items():
+        spiking = alike[0]["spiking"]
+        width = sum(one["in_features"] for one in alike)
         table.add_row(
-            path,
-            f"{one['in_features']} x {one['out_features']}",
-            one["weights"],
-            one["neuron"] if one["spiking"] else "no",
-            *(human_count(one[name]) for name in COLUMNS),
-            f"{one['silent']:.1%}",
-            str(one["silent_channels"]),
-            str(one["largest_count"]) if one["spiking"] else "-",
-            one["layout"] or "-",
+            name,
+            f"{len(alike)} {shape}",
+            weights,
+            alike[0]["neuron"] if spiking else "no",
+            *(human_count(sum(one[key] for one in alike)) for key in COLUMNS),
+            f"{sum(one['silent'] for one in alike) / len(alike):.1%}",
+            f"{sum(one['silent_channels'] for one in alike) / width:.1%}",
+            str(max(one["largest_count"] for one in alike)) if spiking else "-",
+            str(sum(one["layout"] == "in_out" for one in alike)),
         )
     return table
 
 
 def _codings(codings: Mapping[str, Any], budgets: Mapping[str, Any]) -> Table:
     table = _table(
-        "codings over all projections with spikes, windows as long as the largest count needs",
+        "codings over all projections with spikes (-: no code for negative counts); windows as the largest count needs",
         "coding",
         "micro-steps",
         "events per input",
         "sparsity",
         "accumulates",
-        "additions of planes",
+        "plane additions",
         "bit budget",
         "quantised",
     )
     for name, one in codings.items():
         if "not_applicable" in one:
-            table.add_row(name, "-", "-", "no code for negative counts", "-", "-", "-", "-")
+            table.add_row(name, *["-"] * 7)
             continue
         budget = budgets[name]
         table.add_row(

@@ -87,12 +87,11 @@ def energy(
 
 
 def rerun(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``results`` of a record, made again from its ``arguments`` (``spikelm eval --verify``).
+    """A new record from the ``arguments`` of an old one (``spikelm eval --verify``).
 
-    What is under ``measured`` is time and does not come out alike; neither does the last sentence of
-    ``verdict``, which speaks of it.
+    What is under ``measured`` is time and does not come out alike; neither does ``verdict``, which speaks of it.
     """
-    return _run(arguments)[0]
+    return _record(arguments, *_run(arguments))
 
 
 def _run(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Corpus], set[str]]:

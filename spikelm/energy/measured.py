@@ -27,9 +27,16 @@ from spikelm.projection import Projection
 from spikelm.weights import Int8Linear, choose_layout, pack_model
 
 
+LEAST_SECONDS = 0.25
+"""A timed run lasts at least this long."""
+
+
 @dataclass
 class _Run:
-    """One way to decode: ``step`` takes a token [1]; ``begin`` forgets the text. The plan uses the model."""
+    """One way to decode: ``step`` takes a token [1]; ``begin`` forgets the text. The plan uses the model.
+
+    Seconds and joules are per token, one figure for every timed run.
+    """
 
     model: SpikeLM
     begin: Callable[[], None]
@@ -38,13 +45,13 @@ class _Run:
     seconds: list[float] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
 
-    def to_dict(self, tokens: int) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Figures of the JSON."""
-        each = statistics.median(self.seconds) / tokens
+        each = statistics.median(self.seconds)
         found: dict[str, Any] = {
             "seconds_per_token": each,
             "tokens_per_second": 1.0 / each,
-            "all": [seconds / tokens for seconds in self.seconds],
+            "all": list(self.seconds),
             "weight_bytes_per_token": None,
         }
         if self.plan is not None:
@@ -87,9 +94,9 @@ def measure(
             for run in runs.values():
                 _time(run, stream, target, counter)
     best = runs.get("event_driven") or runs["dense"]
-    found = {key: run.to_dict(tokens) for key, run in runs.items()}
+    found = {key: run.to_dict() for key, run in runs.items()}
     own = found.get("event_driven") or found["dense"]
-    joules = statistics.median(best.joules) / tokens if best.joules else None
+    joules = statistics.median(best.joules) if best.joules else None
     return {
         "seconds_per_token": own["seconds_per_token"],
         "tokens_per_second": own["tokens_per_second"],
@@ -178,16 +185,24 @@ def _stream(corpus: Corpus, tokens: int) -> Tensor:
 
 
 def _time(run: _Run, stream: Tensor, device: torch.device, counter: counters.Counter | None) -> None:
-    run.begin()
+    """One timed run: the stretch again and again until the clock has something to read."""
     columns = list(stream.to(device).unbind(0))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    passes = 0
+    _wait(device)
     before = None if counter is None else counter.read()
     started = time.perf_counter()
-    for token in columns:
-        run.step(token)
+    while passes == 0 or time.perf_counter() - started < LEAST_SECONDS:
+        run.begin()
+        for token in columns:
+            run.step(token)
+        _wait(device)
+        passes += 1
+    tokens = passes * len(columns)
+    run.seconds.append((time.perf_counter() - started) / tokens)
+    if counter is not None and before is not None:
+        run.joules.append(counter.between(before, counter.read()) / tokens)
+
+
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    run.seconds.append(time.perf_counter() - started)
-    if counter is not None and before is not None:
-        run.joules.append(counter.between(before, counter.read()))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +32,7 @@ from spikelm.registry import channels, mixers, neurons
 
 from .test_loops import corpus_of
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "contracts"))
-from parts import cases  # noqa: E402
+from ..contracts.parts import cases
 
 SEEN = Activity(contexts=np.arange(1, 9))
 MET = Pairs(written=1.0, read=1.0, added=1.0, gathered=1.0)
