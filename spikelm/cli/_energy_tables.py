@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from spikelm.cli._common import human_bytes, human_count
@@ -25,7 +25,7 @@ SINGLE = {
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
     for heading in others:
         table.add_column(heading, justify="right")
@@ -63,8 +63,8 @@ def _operations(title: str, operations: Mapping[str, Any]) -> Table:
 def _projections(operations: Mapping[str, Any]) -> Table:
     """One row for the projections of one name in all blocks and experts: sums, and means of shares."""
     table = _table(
-        "projections: sums over those of a name, means of shares; never: channels that never fired; events: matrices "
-        "laid out event-driven",
+        "projections: sums over those of a name, means of shares; never: channels that never fired; max: largest count; "
+        "events: matrices laid out event-driven",
         "name",
         "matrices",
         "weights",
@@ -74,7 +74,7 @@ def _projections(operations: Mapping[str, Any]) -> Table:
         "accum.",
         "silent",
         "never",
-        "largest",
+        "max",
         "events",
     )
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
@@ -170,9 +170,12 @@ def _energy(energy: Mapping[str, Any], shown: str) -> Table:
         ("dense", "dense", None),
         ("zeros skipped", "effective", None),
         *((f"spikes, {name}", "spikes", name) for name in compute["spikes"]),
-        ("quantised, dense", "quantised_dense", None),
-        ("quantised, zeros skipped", "quantised_effective", None),
     ]
+    if compute["spikes"]:
+        rows += [
+            ("quantised, dense", "quantised_dense", None),
+            ("quantised, zeros skipped", "quantised_effective", None),
+        ]
     for title, key, coding in rows:
         alone = compute[key] if coding is None else compute[key][coding]
         if alone is None:

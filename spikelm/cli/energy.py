@@ -119,7 +119,7 @@ def _run(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Corpus
     for label, folder in labels([Path(path) for path in arguments["checkpoints"]]).items():
         words = tokenizer_for(folder, arguments["tokenizer"])
         corpus = read_corpus(open_source(arguments["data"]), words, max_bytes=arguments["max_bytes"])
-        model = load_model(folder, device=str(device)).eval()
+        model = load_model(folder, device=str(device), dtype=torch.float32).eval()
         with progress(f"reading, {label}", corpus.predictions, "tokens") as bar:
             models[label] = ledger(model, corpus, question, device=device, advance=bar.advance)
         corpora[label] = corpus
