@@ -63,8 +63,8 @@ def _operations(title: str, operations: Mapping[str, Any]) -> Table:
 def _projections(operations: Mapping[str, Any]) -> Table:
     """One row for the projections of one name in all blocks and experts: sums, and means of shares."""
     table = _table(
-        "projections: sums over those of a name, means of shares; never: channels that never fired; max: largest count; "
-        "events: matrices laid out event-driven",
+        "projections: sums over those of a name, means of shares; never: channels that never fired; "
+        "max: largest count; events: matrices laid out event-driven",
         "name",
         "matrices",
         "weights",
@@ -100,7 +100,8 @@ def _projections(operations: Mapping[str, Any]) -> Table:
 
 def _codings(codings: Mapping[str, Any], budgets: Mapping[str, Any]) -> Table:
     table = _table(
-        "codings over all projections with spikes (-: no code for negative counts); windows as the largest count needs",
+        "codings over all projections with spikes (-: no code for negative counts), windows as long as the "
+        "largest count needs",
         "coding",
         "micro-steps",
         "events per input",
@@ -184,7 +185,9 @@ def _energy(energy: Mapping[str, Any], shown: str) -> Table:
         totals = (energy["total"][name][key] for name in batches)
         both = (one if coding is None else one[coding] for one in totals)
         table.add_row(
-            title, f"{alone / 1e6:.4g}", *(f"{one['low'] / 1e6:.4g} to {one['high'] / 1e6:.4g}" for one in both)
+            title,
+            f"{alone / 1e6:.4g}",
+            *(f"{one['low'] / 1e6:.4g} to {one['high'] / 1e6:.4g}" for one in both),
         )
     return table
 
@@ -206,7 +209,9 @@ def _measured(measured: Mapping[str, Any]) -> Table:
             "-" if read is None else human_bytes(read),
         )
     joules = measured["joules_per_token"]
-    table.caption = measured["counter"] if joules is None else f"{joules:.4g} J per token, {measured['counter']}"
+    table.caption = (
+        measured["counter"] if joules is None else f"{joules:.4g} J per token, {measured['counter']}"
+    )
     return table
 
 
@@ -219,8 +224,14 @@ def comparison(models: Mapping[str, Mapping[str, Any]], shown: str) -> Table:
         ("accumulates", lambda one: human_count(one["operations"]["total"]["accumulates"])),
         ("projections over dense", lambda one: f"{one['operations']['projections_over_dense']:.3f}"),
         ("DRAM bytes, batch 1", lambda one: human_bytes(one["bytes"]["batch_1"]["dram_per_token"])),
-        ("arithmetic, dense, uJ (estimate)", lambda one: _microjoules(one["energy"][shown]["compute"]["dense"])),
-        ("arithmetic, cheapest coding, uJ (estimate)", lambda one: _cheapest(one["energy"][shown]["compute"])),
+        (
+            "arithmetic, dense, uJ (estimate)",
+            lambda one: _microjoules(one["energy"][shown]["compute"]["dense"]),
+        ),
+        (
+            "arithmetic, cheapest coding, uJ (estimate)",
+            lambda one: _cheapest(one["energy"][shown]["compute"]),
+        ),
         ("tokens/s (measured)", lambda one: _rate(one["measured"])),
     ]
     for name, read in rows:

@@ -36,8 +36,8 @@ def energy(
         typer.Option(
             "--prices",
             metavar="FILE|NAME",
-            help="Price table that is shown: horowitz-45nm (the default), horowitz-45nm-int32-sums, jouppi-7nm, or a "
-            "YAML file of your own. The JSON has all of them.",
+            help="Price table that is shown: horowitz-45nm (the default), horowitz-45nm-int32-sums, "
+            "jouppi-7nm, or a YAML file of your own. The JSON has all of them.",
         ),
     ] = None,
     length: Annotated[
@@ -64,7 +64,7 @@ def energy(
     published prices) and measurements (seconds, and joules where a counter exists) are never mixed.
     docs/energy.md has every formula.
 
-    Example: spikelm energy runs/demo/spiking runs/demo/twin --data builtin:python-docs#valid --json energy.json
+    Example: spikelm energy runs/demo/spiking runs/demo/twin --data builtin:python-docs#valid --batch 4
     """
     arguments = {
         "checkpoints": [str(path) for path in checkpoints],
@@ -89,7 +89,7 @@ def energy(
 def rerun(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A new record from the ``arguments`` of an old one (``spikelm eval --verify``).
 
-    What is under ``measured`` is time and does not come out alike; neither does ``verdict``, which speaks of it.
+    What is under ``measured`` is time and does not come out alike; nor does ``verdict``, which speaks of it.
     """
     return _record(arguments, *_run(arguments))
 

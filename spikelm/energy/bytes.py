@@ -41,8 +41,8 @@ from spikelm.projection import Projection
 from spikelm.recurrence import Part
 
 RULE = (
-    "activations stay on the chip; states stay if those of the whole batch fit; weights stay only if they fit "
-    "beside the states, otherwise each one needed comes from DRAM once per step for the whole batch"
+    "activations stay on the chip; states stay if those of the whole batch fit; weights stay only if they "
+    "fit beside the states, otherwise each one needed comes from DRAM once per step for the whole batch"
 )
 VALUE = 4
 """Bytes of an activation and of a float32 number of the state."""

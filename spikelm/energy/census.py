@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from spikelm.codings.base import build_coding
 from spikelm.energy.counts import KINDS, Operations
 from spikelm.energy.operations import counted
 from spikelm.energy.reading import Reading
 from spikelm.energy.synapses import Synapses
 from spikelm.model import SpikeLM
-from spikelm.projection import Projection
 from spikelm.recurrence import Part
 from spikelm.registry import codings
 
@@ -152,5 +149,3 @@ def calls(model: SpikeLM, reading: Reading) -> dict[str, float]:
         shares[path] = inside[path] if path in inside else shares[path.rpartition(".")[0]]
     shares[""] = 1.0
     return shares
-
-

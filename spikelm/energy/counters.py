@@ -6,6 +6,7 @@ whoever uses them.
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,7 +102,7 @@ def _rapl(powercap: Path) -> tuple[Counter | None, str]:
 
 def _nvml(device: torch.device) -> tuple[Counter | None, str]:
     try:
-        import pynvml
+        pynvml: Any = import_module("pynvml")
     except ImportError:
         return None, "NVML needs the package nvidia-ml-py"
     try:

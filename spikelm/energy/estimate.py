@@ -27,8 +27,8 @@ def compute(found: Census, table: Table) -> dict[str, Any]:
 
     Returns:
         ``dense``, ``effective``, ``spikes`` (coding -> picojoules, None where it does not apply),
-        ``quantised_dense``, ``quantised_effective``, ``quantised_int8``, and ``other``: the part of each of them that is not in
-        the products of projections.
+        ``quantised_dense``, ``quantised_effective``, ``quantised_int8``, and ``other``: the part of each of
+        them that is not in the products of projections.
     """
     rest = sum((own for kinds in found.parts.values() for own in kinds.values()), Operations())
     fixed, mac, add = table.elementary(rest), table.mac(OTHER), table.add(OTHER)
@@ -73,9 +73,7 @@ def _quantisers(found: Census, table: Table) -> float:
     return change
 
 
-def _sent(
-    found: Census, table: Table, name: str, summary: Mapping[str, Any], other: float
-) -> float | None:
+def _sent(found: Census, table: Table, name: str, summary: Mapping[str, Any], other: float) -> float | None:
     """Picojoules if the counts are sent in a coding; projections without spikes multiply what is not zero."""
     if "not_applicable" in summary:
         return None
@@ -144,8 +142,8 @@ def bit_budget(found: Census) -> dict[str, Any]:
     """Bit budget = time steps x weight bits x activation bits, of every coding and of the quantised network.
 
     Shen et al., "Are conventional SNNs really efficient? A perspective from network quantization" (CVPR 2024,
-    arXiv 2311.10802). Means over the projections with spikes, weighted by their dense multiply-accumulates. An
-    event of an alphabet of two letters is one bit, of three letters two.
+    arXiv 2311.10802). Means over the projections with spikes, weighted by their dense multiply-accumulates.
+    An event of an alphabet of two letters is one bit, of three letters two.
     """
     spiking = [entry for entry in found.synapses if entry.spiking and entry.calls]
     weight = sum(entry.dense_macs for entry in spiking)

@@ -26,7 +26,6 @@ from spikelm.model import SpikeLM
 from spikelm.projection import Projection
 from spikelm.weights import Int8Linear, choose_layout, pack_model
 
-
 LEAST_SECONDS = 0.25
 """A timed run lasts at least this long."""
 
@@ -129,7 +128,7 @@ def nothing(why: str) -> dict[str, Any]:
 def _runs(
     model: SpikeLM, firing: Mapping[str, float], tokens: int, device: torch.device
 ) -> tuple[dict[str, _Run], str | None]:
-    """Ways to decode, the event-driven one only where some matrix is laid out so; and a sentence for the rest."""
+    """Ways to decode, event-driven only where some matrix is laid out so; and a sentence for the rest."""
     counted = {
         path: module
         for path, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""What the ledger watches while a model reads: counts, what a batch shares, what meets in spiking attention."""
+"""What the ledger watches while a model reads: counts, what batches share, spikes that meet in attention."""
 
 from __future__ import annotations
 

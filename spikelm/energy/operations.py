@@ -54,7 +54,7 @@ def counted(part: nn.Module, activity: Activity) -> Kinds:
     if (
         owner is not None
         and stepping not in (None, Part)
-        and kind.__mro__.index(stepping) < kind.__mro__.index(owner)  # type: ignore[arg-type]
+        and kind.__mro__.index(stepping) < kind.__mro__.index(owner)
     ):
         raise ConfigError(
             f"{getattr(part, 'path', '') or 'a part'} ({kind.__name__}) has its own step() and inherits the "

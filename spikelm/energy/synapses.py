@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from spikelm.codings.base import Coding, build_coding
 from spikelm.codings.statistics import CountHistogram
@@ -12,7 +14,7 @@ from spikelm.energy.formulas.structure import projection_kind
 from spikelm.energy.meter import EnergyMeter
 from spikelm.neurons.adaptive import Adaptive
 from spikelm.projection import Projection
-from spikelm.registry import codings
+from spikelm.registry import codings, neurons
 from spikelm.weights import Int8Linear, choose_layout
 
 
@@ -89,7 +91,7 @@ class Synapses:
 
     @property
     def activation_bits(self) -> int:
-        """Bits of the quantised activation that stands for its counts: ceil(log2(T + 1)), and a sign if needed.
+        """Bits of the quantised activation for its counts: ceil(log2(T + 1)), and a sign if there are any.
 
         T is the largest |count|, the time steps of a unary code (Yan et al., arXiv 2409.08290).
         """
@@ -167,10 +169,10 @@ def synapses(part: Projection, meter: EnergyMeter, silent: float | None) -> Syna
     own = 0.0 if entry is None else float(entry.tokens)
     nonzero = 0.0 if entry is None else float(entry.nonzero)
     magnitude = 0.0 if entry is None or not neuron.spiking else float(entry.magnitude)
-    fired = 0 if entry is None else int(entry.fired.sum())
+    fired = 0 if entry is None else int(entry.fired.count_nonzero())
     union = meter.unions.get(part.path)
     batches = 0.0 if union is None else union.groups
-    weight = linear.weight
+    weight = cast(Tensor, linear.weight)
     counts_int8 = isinstance(linear, Int8Linear) and neuron.spiking
     return Synapses(
         path=part.path,
@@ -196,7 +198,5 @@ def synapses(part: Projection, meter: EnergyMeter, silent: float | None) -> Syna
 
 
 def _neuron_name(part: Projection) -> str:
-    from spikelm.registry import neurons
-
     kind = type(part.neuron)
     return next((name for name in neurons.names() if neurons.get(name) is kind), kind.__name__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 YAN_RATE, YAN_STEPS = 0.057, 5
-"""Largest spike rate per time step at which spikes win over the quantised network, and the steps it is for."""
+"""Spike rate per time step below which spikes win over the quantised network, and the steps it is for."""
 DAMPFHOFFER = (0.15, 1.38)
 """Spikes per synapse and inference at which spikes begin to lose, least and most favourable case."""
 DAVIDSON = 1.72
@@ -25,7 +25,7 @@ def sentences(model: Mapping[str, Any], table: str) -> list[str]:
     sent = {name: one for name, one in operations["codings"].items() if "not_applicable" not in one}
     if sent:
         found += _thresholds(sent)
-        found += _energy(model["energy"][table], table)
+        found += _energy(model["energy"], table)
     found += _bytes(model)
     found += _measured(model["measured"])
     return found
@@ -42,12 +42,13 @@ def _projections(operations: Mapping[str, Any]) -> str:
             else ""
         )
         return (
-            f"Projections do {ratio:.2f}x the dense multiply-accumulates: the input of none is spikes (a norm or "
-            f"a gate stands before each, which is dense), so nothing becomes an accumulate.{zeros}"
+            f"Projections do {ratio:.2f}x the dense multiply-accumulates: the input of none is spikes (what "
+            "a norm, a mixture or a gate puts out is dense), so nothing becomes an accumulate."
+            f"{zeros}"
         )
     return (
         f"Projections do {ratio:.2f}x the dense multiply-accumulates if zeros of spikes are skipped; "
-        f"{share:.0%} of them have spikes as their input."
+        f"{share:.1%} of them have spikes as their input."
     )
 
 
@@ -60,8 +61,8 @@ def _thresholds(sent: Mapping[str, Mapping[str, Any]]) -> list[str]:
         limit = YAN_RATE * YAN_STEPS
         found.append(
             f"Coding {name}: {spikes:.3f} spikes per input and token over {steps} micro-steps "
-            f"({1.0 - one['sparsity']:.1%} per step). Yan et al. want less than {YAN_RATE:.1%} at T = {YAN_STEPS}, "
-            f"{limit:.3f} per input: {_word(spikes < limit)}. Dampfhoffer et al. {DAMPFHOFFER[0]} to "
+            f"({1.0 - one['sparsity']:.1%} per step). Yan et al. want less than {YAN_RATE:.1%} at "
+            f"T = {YAN_STEPS}, {limit:.3f} per input: {_word(spikes < limit)}. Dampfhoffer et al. {DAMPFHOFFER[0]} to "
             f"{DAMPFHOFFER[1]} per synapse: {_between(spikes)}. Davidson and Furber {DAVIDSON}: "
             f"{_word(spikes < DAVIDSON)}."
         )
@@ -79,23 +80,31 @@ def _between(spikes: float) -> str:
     return "above, spikes lose" if spikes > high else "between, it depends on the hardware"
 
 
-def _energy(energy: Mapping[str, Any], table: str) -> list[str]:
-    compute = energy["compute"]
+def _cheapest(compute: Mapping[str, Any]) -> tuple[str, float]:
+    """The coding that takes least arithmetic, and its picojoules."""
     named = {name: value for name, value in compute["spikes"].items() if value is not None}
     best = min(named, key=lambda name: named[name])
+    return best, named[best]
+
+
+def _energy(tables: Mapping[str, Any], table: str) -> list[str]:
+    energy = tables[table]
+    compute = energy["compute"]
+    best, picojoules = _cheapest(compute)
     rival = compute["quantised_effective"]
+    ratios = [_cheapest(one["compute"])[1] / one["compute"]["quantised_effective"] for one in tables.values()]
     found = [
-        f"Estimated arithmetic ({table}): the cheapest coding, {best}, takes {named[best] / 1e6:.4g} uJ per "
-        f"token, {named[best] / compute['dense']:.2f}x dense and {named[best] / rival:.2f}x a quantised network "
-        f"with the same zeros: spikes {'save' if named[best] < rival else 'cost'} "
-        f"{abs(1 - named[best] / rival):.0%}."
+        f"Estimated arithmetic ({table}): the cheapest coding, {best}, takes {picojoules / 1e6:.4g} uJ per "
+        f"token, {picojoules / compute['dense']:.2f}x dense and {picojoules / rival:.2f}x a quantised "
+        f"network with the same zeros: spikes {'save' if picojoules < rival else 'cost'} "
+        f"{abs(1 - picojoules / rival):.0%} ({min(ratios):.2f}x to {max(ratios):.2f}x over all price tables)."
     ]
     small = compute["quantised_int8"]
     if small < 0.99 * rival:
         found.append(
             "Its weights are float; a network that quantises activations would have int8 weights and take "
-            f"{small / 1e6:.4g} uJ, so that spikes take {named[best] / small:.2f}x of that (spikelm convert spike "
-            "--weights int8 makes such weights)."
+            f"{small / 1e6:.4g} uJ, so that spikes take {picojoules / small:.2f}x of that (spikelm convert "
+            "spike --weights int8 makes such weights)."
         )
     for batch, total in energy["total"].items():
         spikes, other = total["spikes"][best]["low"], total["quantised_effective"]["low"]

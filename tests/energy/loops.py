@@ -1,7 +1,7 @@
-"""An event-driven decoder in plain Python loops that counts every operation it does and every weight it reads.
+"""An event-driven decoder in plain Python loops that counts every operation and every weight it reads.
 
-Written from the equations, with floats and lists alone; the weights are taken from a model. Its logits must be
-the model's, so that what it counts is what the model computes.
+Written from the equations, with floats and lists alone; the weights are taken from a model. Its logits must
+be the model's, so that what it counts is what the model computes.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ class Decoder:
         for layer, block in enumerate(model.blocks):
             for name in ("mixer", "channel"):
                 part, path = getattr(block, name), f"blocks.{layer}.{name}"
-                y = getattr(self, type(part).__name__)(part, path, self.norm(getattr(block, f"{name}_norm"), x))
+                y = getattr(self, type(part).__name__)(
+                    part, path, self.norm(getattr(block, f"{name}_norm"), x)
+                )
                 y = self.fire(getattr(block, f"{name}_neuron"), f"{path}_neuron", y)
                 m.kind = "residual"
                 x = [m.add(a, b) for a, b in zip(x, y, strict=True)]
@@ -221,7 +223,9 @@ class Decoder:
                         sums[o] += spikes[i] * W[o][i]
             if isinstance(linear, Int8Linear):
                 scales = numbers(linear.scales)
-                y = [m.add(a, m.mul(scales[o][group], b)) for o, (a, b) in enumerate(zip(y, sums, strict=True))]
+                y = [
+                    m.add(a, m.mul(scales[o][group], b)) for o, (a, b) in enumerate(zip(y, sums, strict=True))
+                ]
             else:
                 y = sums
         if scale is not None:

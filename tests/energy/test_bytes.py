@@ -36,9 +36,9 @@ def test_event_driven_bytes_are_those_the_kernel_counts() -> None:
     layouts = {entry.path: entry.layout for entry in reading.synapses}
     assert {"in_out", None} <= set(layouts.values())  # the head is float
     pack_model(model, reading.firing())
-    assert {m.path for m in model.modules() if getattr(getattr(m, "linear", None), "layout", None) == "in_out"} == {
-        path for path, layout in layouts.items() if layout == "in_out"
-    }
+    assert {
+        m.path for m in model.modules() if getattr(getattr(m, "linear", None), "layout", None) == "in_out"
+    } == {path for path, layout in layouts.items() if layout == "in_out"}
     plan = DecodePlan(model, slots=1)
     for token in corpus.tokens[0][:-1]:
         plan.step(torch.tensor([int(token)]))
@@ -77,7 +77,8 @@ def test_a_batch_needs_the_union_of_what_fired() -> None:
             continue
         fired = seen[str(id(model.get_submodule(entry.path).linear))]
         together = sum(
-            len({i for row in range(N) for i in fired[row * 6 + t].nonzero()[:, 0].tolist()}) for t in range(6)
+            len({i for row in range(N) for i in fired[row * 6 + t].nonzero()[:, 0].tolist()})
+            for t in range(6)
         )
         assert entry.union_inputs == pytest.approx(together / 6), entry.path
         assert entry.spikes <= entry.union_inputs <= min(entry.inputs, N * entry.spikes + 1e-9)
@@ -98,14 +99,17 @@ def test_what_stays_on_the_chip() -> None:
     states = moved(of_model, reading.synapses, 2, all_of_it - 1)
     assert states["residency"] == "state" and states["state"]["dram_per_token"] == 0
     assert states["dram_per_token"] == pytest.approx(
-        (weights(reading.synapses, 2).dram + of_model.vectors / 2 + of_model.embedding)
+        weights(reading.synapses, 2).dram + of_model.vectors / 2 + of_model.embedding
     )
     nothing = moved(of_model, reading.synapses, 2, 2 * of_model.held - 1)
     assert nothing["residency"] == "nothing"
     assert nothing["state"]["dram_per_token"] == of_model.traffic.both > 0
     assert nothing["dram_per_token"] == pytest.approx(states["dram_per_token"] + of_model.traffic.both)
     for one in (everything, states, nothing):
-        used = sum(one[key]["on_chip_per_token"] for key in ("weights", "state", "vectors", "embedding", "activations"))
+        used = sum(
+            one[key]["on_chip_per_token"]
+            for key in ("weights", "state", "vectors", "embedding", "activations")
+        )
         assert one["on_chip_per_token"] == pytest.approx(used + one["dram_per_token"])
         assert one["dram_per_token"] <= one["dense_dram_per_token"]
 

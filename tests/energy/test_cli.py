@@ -98,9 +98,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0]
 
 
-def test_bad_input(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", str(text)]
     empty = tmp_path / "empty.txt"
     empty.write_text("")
@@ -117,7 +115,9 @@ def test_bad_input(
     assert "cannot be used here" in refused(capsys, str(checkpoint), *data, "--device", "nowhere")
 
 
-def test_a_vocabulary_that_does_not_fit(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_vocabulary_that_does_not_fit(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     small = SpikeLM(ModelConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))
     folder = save_checkpoint(tmp_path / "small", small, Tokenizer.bytes())
@@ -137,7 +137,9 @@ def test_weights_that_are_not_finite(
     with torch.no_grad():
         model.blocks[0].mixer.mix_k.fill_(torch.nan)
     folder = save_checkpoint(tmp_path / "nan", model, Tokenizer.bytes())
-    assert "not finite" in (sentence := refused(capsys, str(folder), "--data", str(text))) or "nan" in sentence
+    assert (
+        "not finite" in (sentence := refused(capsys, str(folder), "--data", str(text))) or "nan" in sentence
+    )
 
 
 def test_labels_are_unique(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def test_a_multiplier_shrinks_with_the_bits() -> None:
 
 def test_elementary_prices() -> None:
     table = TABLES[DEFAULT]
-    assert table.elementary(Operations(multiplications=2, additions=1, comparisons=1, roundings=1)) == pytest.approx(
-        2 * 3.7 + 3 * 0.9
-    )
+    assert table.elementary(
+        Operations(multiplications=2, additions=1, comparisons=1, roundings=1)
+    ) == pytest.approx(2 * 3.7 + 3 * 0.9)
     assert table.elementary(Operations(divisions=1)) == pytest.approx(7.1 * 3.7)
     assert table.elementary(Operations(exponentials=1)) == pytest.approx(9 * 4.6 + 2 * 3.7 + 4 * 0.9)
     free = table.model_copy(update={"division": None})
@@ -90,7 +90,9 @@ def test_energy_of_int8_spikes_from_the_counters() -> None:
         bits = math.ceil(math.log2(entry.largest + 1)) + signed
         assert entry.activation_bits == bits
         quantised += entry.operations().effective_macs * (0.2 * bits / 8 + 0.03)
-    assert energy["quantised_effective"] - energy["other"]["quantised"] == pytest.approx(quantised + head_left)
+    assert energy["quantised_effective"] - energy["other"]["quantised"] == pytest.approx(
+        quantised + head_left
+    )
     assert energy["quantised_int8"] == pytest.approx(energy["quantised_effective"])
     # The counts of adaptive are quantised activations: their encoding costs both networks the same.
     assert energy["other"]["quantised"] == pytest.approx(energy["other"]["effective"])

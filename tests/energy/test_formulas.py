@@ -29,10 +29,9 @@ from spikelm.presets import names
 from spikelm.projection import Projection
 from spikelm.recurrence import Part
 from spikelm.registry import channels, mixers, neurons
+from tests.contracts.parts import cases
 
 from .test_loops import corpus_of
-
-from ..contracts.parts import cases
 
 SEEN = Activity(contexts=np.arange(1, 9))
 MET = Pairs(written=1.0, read=1.0, added=1.0, gathered=1.0)
@@ -158,7 +157,11 @@ def test_spiking_attention_counts_pairs_that_fired() -> None:
         {"mixer": {"name": "sdsa", "version": 1, **common}, "channel": {"name": "mlp", "expand": 2}},
     ]
     config = ModelConfig(
-        vocab_size=11, hidden_size=8, num_hidden_layers=2, layers=layers, neuron={"name": "lif", "threshold": 0.2}
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=2,
+        layers=layers,
+        neuron={"name": "lif", "threshold": 0.2},
     )
     model = SpikeLM(config).double().eval()
     with torch.no_grad():
@@ -185,7 +188,7 @@ def test_spiking_attention_counts_pairs_that_fired() -> None:
                 gathered += 4 * q[i]
         k, v = (spikes[f"blocks.1.mixer.{name}_neuron"][t].tolist() for name in ("key", "value"))
         masked += sum(a * b for a, b in zip(k, v, strict=True))
-    assert 0 < added and 0 < masked
+    assert added > 0 and masked > 0
     first = found.parts["blocks.0.mixer"]["recurrence"]
     assert first.accumulates * 40 == pytest.approx(added + gathered)
     assert first.dense_macs == 2 * 2 * 4 * 4 and first.macs_without_spikes == 0
@@ -205,7 +208,10 @@ def test_the_twin_of_spiking_attention_multiplies() -> None:
 def test_experts_count_the_tokens_they_are_given() -> None:
     torch.manual_seed(0)
     layers = [
-        {"mixer": {"name": "wkv4"}, "channel": {"name": "moe", "experts": 4, "top_k": 2, "hidden": 6, "shared": 1}}
+        {
+            "mixer": {"name": "wkv4"},
+            "channel": {"name": "moe", "experts": 4, "top_k": 2, "hidden": 6, "shared": 1},
+        }
     ]
     config = ModelConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, layers=layers)
     model = SpikeLM(config).eval()

@@ -20,7 +20,14 @@ from .loops import OPERATIONS, Decoder
 TOKENS, VOCABULARY = 24, 11
 HYBRID = [
     {
-        "mixer": {"name": "gla", "num_heads": 4, "num_kv_heads": 2, "head_dim": 2, "gate_rank": 3, "qkv_bias": True},
+        "mixer": {
+            "name": "gla",
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 2,
+            "gate_rank": 3,
+            "qkv_bias": True,
+        },
         "channel": {"name": "swiglu", "hidden": 10},
     },
     {
@@ -73,7 +80,13 @@ def corpus_of(tokens: int = TOKENS) -> Corpus:
     ids = np.random.default_rng(1).integers(0, VOCABULARY, tokens + 1).astype(np.int32)
     lengths = [np.ones(tokens + 1)]
     return Corpus(
-        name="random", sha256="", bytes=tokens, start_token=None, tokens=[ids], byte_lengths=lengths, rescaled=0
+        name="random",
+        sha256="",
+        bytes=tokens,
+        start_token=None,
+        tokens=[ids],
+        byte_lengths=lengths,
+        rescaled=0,
     )
 
 

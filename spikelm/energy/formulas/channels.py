@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from spikelm.channels.mlp import MLP
 from spikelm.channels.moe import MoE
 from spikelm.channels.rwkv import RWKVChannel
@@ -58,7 +56,7 @@ def _(part: MoE, activity: Activity) -> Kinds:
     if part.kind == "softmax":
         scores = E * Operations(comparisons=1, additions=2, exponentials=1, divisions=1)
     else:
-        scores = cast(Operations, E * SIGMOID)
+        scores = E * SIGMOID
     choice = Operations(comparisons=k * E, additions=0 if part.expert_bias is None else E)
     weights = Operations(
         additions=k if part.normalise else 0,

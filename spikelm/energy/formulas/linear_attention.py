@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
@@ -64,7 +63,7 @@ def _common(part: GatedLinearAttention) -> dict[str, Operations]:
     if part.feature_map == "relu":
         kinds["activation"] = mapped * Operations(comparisons=1, values=2)
     elif part.feature_map == "sigmoid":
-        kinds["activation"] = cast(Operations, mapped * SIGMOID) + Operations(values=2 * mapped)
+        kinds["activation"] = mapped * SIGMOID + Operations(values=2 * mapped)
     if isinstance(part.output_gate, nn.Module):
         kinds["gate"] = s.H * s.K * (SILU + Operations(multiplications=1, values=3))
     return kinds
@@ -118,7 +117,7 @@ def _(part: GatedDelta, activity: Activity) -> Kinds:
     s, kinds = _sizes(part), _common(part)
     if not part.convolved:
         width = (s.H + 2 * s.G) * s.K
-        _plus(kinds, "activation", cast(Operations, width * SILU) + Operations(values=2 * width))
+        _plus(kinds, "activation", width * SILU + Operations(values=2 * width))
     beta = SIGMOID + Operations(multiplications=0 if part.strongest == 1.0 else 1)
     _plus(kinds, "gate", s.G * (SOFTPLUS + Operations(additions=1, multiplications=1, values=4) + beta))
     unit = macs(s.K, additions=1, roots=1, divisions=1, multiplications=s.K, values=2 * s.K)

@@ -44,16 +44,14 @@ def _(part: Adaptive, activity: Activity) -> Kinds:
 def _(part: IntegrateAndFire, activity: Activity) -> Kinds:
     """LIF and its kin, per channel; SpikeGPT (arXiv 2302.13939, equations 1 to 3).
 
-    Charge with decay_input: v - v_reset (free at 0), x minus that, one multiply-accumulate with 1/tau. Without
-    it: one multiply-accumulate and the addition of x; ``if`` leaks nothing: the addition alone. One comparison
-    with the threshold. A soft reset is one subtraction, a hard one a choice. A gain is one multiplication.
+    Charge with decay_input: v - v_reset (free at 0), x minus that, one multiply-accumulate with 1/tau.
+    Without it: one multiply-accumulate and the addition of x; ``if`` leaks nothing: the addition alone. One
+    comparison with the threshold. A soft reset is one subtraction, a hard one a choice. A gain is one
+    multiplication.
     """
     D = part.features
     rest = 0 if part.v_reset == 0.0 else 1
-    if isinstance(part, IF):
-        charge = Operations(additions=1)
-    else:
-        charge = macs(1, additions=1 + rest)
+    charge = Operations(additions=1) if isinstance(part, IF) else macs(1, additions=1 + rest)
     reset = Operations(additions=1 if part.soft_reset else 0)
     gain = Operations(multiplications=0 if part.gain is None else 1)
     return {"neuron": D * (charge + reset + gain + Operations(comparisons=1, values=2))}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from spikelm.block import Block
 from spikelm.convolution import ShortConvolution
 from spikelm.energy.activity import Activity
@@ -68,5 +66,5 @@ def _(part: ShortConvolution, activity: Activity) -> Kinds:
     each = macs(part.kernel, additions=0 if part.bias is None else 1, values=2)
     kinds = {"convolution": features * each}
     if part.activation == "silu":
-        kinds["activation"] = cast(Operations, features * SILU)
+        kinds["activation"] = features * SILU
     return kinds
