@@ -107,7 +107,8 @@ def compare(own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         why = (
             f"counts up to {own['largest_count']}: NeuroBench bills each that is not zero as one "
             f"multiply-accumulate ({operations['Effective_MACs']:.6g} Effective_MACs, "
-            f"{operations['Effective_ACs']:.6g} Effective_ACs); in unary events they are {own['accumulates']:.6g} accumulates here"
+            f"{operations['Effective_ACs']:.6g} Effective_ACs); here they are {own['accumulates']:.6g} "
+            "accumulates in unary events"
         )
     return {"agree": agree, "definitions": why}
 

@@ -62,9 +62,9 @@ def _thresholds(sent: Mapping[str, Mapping[str, Any]]) -> list[str]:
         found.append(
             f"Coding {name}: {spikes:.3f} spikes per input and token over {steps} micro-steps "
             f"({1.0 - one['sparsity']:.1%} per step). Yan et al. want less than {YAN_RATE:.1%} at "
-            f"T = {YAN_STEPS}, {limit:.3f} per input: {_word(spikes < limit)}. Dampfhoffer et al. {DAMPFHOFFER[0]} to "
-            f"{DAMPFHOFFER[1]} per synapse: {_between(spikes)}. Davidson and Furber {DAVIDSON}: "
-            f"{_word(spikes < DAVIDSON)}."
+            f"T = {YAN_STEPS}, {limit:.3f} per input: {_word(spikes < limit)}. Dampfhoffer et al. give "
+            f"{DAMPFHOFFER[0]} to {DAMPFHOFFER[1]} per synapse: {_between(spikes)}. Davidson and Furber "
+            f"give {DAVIDSON}: {_word(spikes < DAVIDSON)}."
         )
     return found
 
