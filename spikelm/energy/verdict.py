@@ -59,9 +59,12 @@ def _thresholds(sent: Mapping[str, Mapping[str, Any]]) -> list[str]:
         one = sent[name]
         spikes, steps = one["events_per_input"], one["micro_steps"]
         limit = YAN_RATE * YAN_STEPS
+        weighted = "; weighted steps, while the thresholds are for steps of weight one" * (
+            one["plane_additions"] > 0
+        )
         found.append(
             f"Coding {name}: {spikes:.3f} spikes per input and token over {steps} micro-steps "
-            f"({1.0 - one['sparsity']:.1%} per step). Yan et al. want less than {YAN_RATE:.1%} at "
+            f"({1.0 - one['sparsity']:.1%} per step{weighted}). Yan et al. want less than {YAN_RATE:.1%} at "
             f"T = {YAN_STEPS}, {limit:.3f} per input: {_word(spikes < limit)}. Dampfhoffer et al. give "
             f"{DAMPFHOFFER[0]} to {DAMPFHOFFER[1]} per synapse: {_between(spikes)}. Davidson and Furber "
             f"give {DAVIDSON}: {_word(spikes < DAVIDSON)}."

@@ -169,6 +169,7 @@ def test_sparsity_of_every_coding_is_named() -> None:
 
 def _verdict(events: float, steps: int) -> str:
     sent = {"events_per_input": events, "micro_steps": steps, "sparsity": 1 - events / steps}
+    sent["plane_additions"] = 0.0
     compute_ = {"spikes": {"ternary": 1.0}, "dense": 4.0, "quantised_effective": 2.0, "quantised_int8": 2.0}
     model: dict[str, Any] = {
         "operations": {
