@@ -16,6 +16,7 @@ from spikelm.model import SpikeLM
 from spikelm.weights import Int8Linear
 
 from .loops import OPERATIONS, Decoder
+from .loops_hybrid import HybridDecoder
 
 TOKENS, VOCABULARY = 24, 11
 HYBRID = [
@@ -33,6 +34,63 @@ HYBRID = [
     {
         "mixer": {"name": "swa", "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "window": 5},
         "channel": {"name": "swiglu", "hidden": 10},
+    },
+]
+DELTA = [
+    {
+        "mixer": {
+            "name": "gated_delta",
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "allow_negative": True,
+            "qk_norm": True,
+            "short_convolution": 3,
+        },
+        "channel": {"name": "mlp", "expand": 2, "activation": "relu2"},
+    },
+    {
+        "mixer": {
+            "name": "attention",
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "qk_norm": True,
+            "output_gate": True,
+            "partial_rotary_factor": 1.0,
+        },
+        "channel": {"name": "moe", "experts": 3, "top_k": 2, "hidden": 6, "shared": 1},
+    },
+]
+PARALLEL = [
+    {
+        "mixer": {
+            "name": "parallel",
+            "branches": [
+                {
+                    "name": "gla_tied",
+                    "num_heads": 2,
+                    "rope": True,
+                    "short_convolution": 2,
+                    "output_gate": "swish",
+                },
+                {
+                    "name": "gated_delta",
+                    "num_heads": 2,
+                    "rope": True,
+                    "short_convolution": 0,
+                    "output_gate": False,
+                },
+            ],
+        },
+        "channel": {"name": "swiglu", "hidden": 10},
+    },
+    {
+        "mixer": {
+            "name": "ssa",
+            "num_heads": 2,
+            "token_shift": True,
+            "neuron": {"name": "lif", "threshold": 0.1},
+        },
+        "channel": {"name": "rwkv", "expand": 2},
     },
 ]
 RWKV = [{"mixer": {"name": "wkv4"}, "channel": {"name": "rwkv", "expand": 2}}]
@@ -59,6 +117,14 @@ CASES: dict[str, dict[str, Any]] = {
         "embedding_norm": False,
     },
 }
+
+
+CASES["gated delta, attention, experts"] = {
+    "layers": DELTA,
+    "neuron": {"name": "adaptive", "k": 2.0, "dead_zone": 0.8},
+    "norm": "rmsnorm",
+}
+CASES["parallel branches, spiking attention"] = {"layers": PARALLEL, "neuron": LIF, "norm": "layernorm"}
 
 
 def model_of(options: dict[str, Any]) -> SpikeLM:
@@ -94,7 +160,7 @@ def corpus_of(tokens: int = TOKENS) -> Corpus:
 def case(request: pytest.FixtureRequest) -> tuple[SpikeLM, Reading, Census, Decoder]:
     model, corpus = model_of(CASES[request.param]), corpus_of()
     reading = read(model, corpus, chunk=7)
-    decoder = Decoder(model)
+    decoder = HybridDecoder(model)
     logits = torch.tensor([decoder.step(int(token)) for token in corpus.tokens[0][:-1]], dtype=torch.float64)
     with torch.no_grad():
         expected, _ = model(torch.from_numpy(corpus.tokens[0][:-1].astype(np.int64))[None])
