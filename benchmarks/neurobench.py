@@ -21,6 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ import numpy as np
 import torch
 from _record import record
 
-from spikelm.bench.peer import run
 from spikelm.checkpoint import save_checkpoint
 from spikelm.config import ModelConfig
 from spikelm.energy.reading import Reading, read
@@ -88,6 +89,24 @@ def ours(reading: Reading) -> dict[str, Any]:
     }
 
 
+def theirs_of(python: Path, checkpoint: Path, tokens: Path) -> dict[str, Any]:
+    """NeuroBench's figures, counted in its own environment."""
+    program = Path(__file__).with_name("_neurobench_metrics.py")
+    done = subprocess.run(
+        # Without -P the folder of the program comes first, and this file would be taken for the package.
+        [str(python), "-P", str(program), str(checkpoint), str(tokens)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SystemExit(f"NeuroBench failed in {python}: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
 def compare(own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Which figures must agree, and whether they do."""
     operations = theirs["synaptic_operations"]
@@ -122,9 +141,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer-python", type=Path, required=True)
+    parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--tokens", type=int, default=192)
     args = parser.parse_args()
+    if args.peer_python is None:
+        print("nothing is compared: name the Python of an environment with neurobench by --peer-python")
+        return 0
     corpus = corpus_of(args.tokens)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +156,7 @@ def main() -> int:
             model = model_of(preset)
             checkpoint = save_checkpoint(Path(folder) / preset, model)
             own = ours(read(model.double(), corpus))
-            theirs = run(args.peer_python, "neurobench_metrics", [ROOT, checkpoint, tokens])
+            theirs = theirs_of(args.peer_python, checkpoint, tokens)
             figures[preset] = {"ours": own, "neurobench": theirs, **compare(own, theirs)}
             print(f"{preset}: {figures[preset]['definitions']}")
             for name, same in figures[preset]["agree"].items():

@@ -1,21 +1,27 @@
 """NeuroBench's SynapticOperations and ActivationSparsity of one of our checkpoints; prints one line of JSON.
 
-    python neurobench_metrics.py ROOT CHECKPOINT TOKENS.json
+    PYTHONPATH=ROOT python -P _neurobench_metrics.py CHECKPOINT TOKENS.json
 
-Its environment has neurobench, torch, numpy and safetensors; ROOT is where the package spikelm lies.
-NeuroBench hooks modules: nn.Linear, which our projections hold, and activation modules, which it is told
-about. A module that passes on what it gets stands before every nn.Linear, so that both metrics see what
-enters the weights.
-Everything is computed in float64, because NeuroBench counts by adding floats.
+Run by neurobench.py in an environment with neurobench, torch, numpy and safetensors (Python 3.11 or newer);
+ROOT is where the package spikelm lies. NeuroBench hooks modules: nn.Linear, which our projections hold, and
+activation modules, which it is told about. A module that passes on what it gets stands before every
+nn.Linear, so that both metrics see what enters the weights. Everything is computed in float64, because
+NeuroBench counts by adding floats.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 
 import torch
+from neurobench.metrics.workload import ActivationSparsity, SynapticOperations
+from neurobench.models import TorchModel
 from torch import Tensor, nn
+
+from spikelm.checkpoint import load_model
+from spikelm.projection import Projection
 
 
 class Entering(nn.Module):
@@ -27,14 +33,7 @@ class Entering(nn.Module):
 
 
 def main() -> None:
-    root, checkpoint, file = sys.argv[1:]
-    sys.path.insert(0, root)
-    from neurobench.metrics.workload import ActivationSparsity, SynapticOperations
-    from neurobench.models import TorchModel
-
-    from spikelm.checkpoint import load_model
-    from spikelm.projection import Projection
-
+    checkpoint, file = sys.argv[1:]
     model = load_model(checkpoint, dtype=torch.float64).eval()
     places = {}
     for path, part in model.named_modules():
@@ -51,8 +50,6 @@ def main() -> None:
     data = (tokens, tokens)
     operations = SynapticOperations()(wrapped, found, data)
     sparsity = ActivationSparsity()(wrapped, found, data)
-    from importlib.metadata import version
-
     result = {
         "neurobench": version("neurobench"),
         "torch": torch.__version__,
