@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,20 @@ def test_another_package_registers_its_own() -> None:
         return {"recurrence": macs(5)}
 
     assert counted(Foreign(), SEEN)["recurrence"].dense_macs == 5
+
+
+class EMA(Strange):
+    """Stands for the example of CONTRIBUTING.md, whose formula docs/energy.md has."""
+
+    features = 6
+
+
+def test_the_example_of_the_docs_works() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "energy.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    exec(code, {"EMA": EMA})
+    own = counted(EMA(), SEEN)
+    assert own["recurrence"].dense_macs == own["gate"].exponentials == 6
 
 
 def test_base_classes_have_no_formula_that_subclasses_would_inherit() -> None:
