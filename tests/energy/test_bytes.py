@@ -55,6 +55,16 @@ def test_event_driven_bytes_are_those_the_kernel_counts() -> None:
     assert total.dram < total.dense_dram
 
 
+def test_the_checkpoint_decides_the_layout_where_it_knows() -> None:
+    model, corpus = silent_model(), corpus_of()
+    silent = "blocks.0.mixer.key"
+    assert next(entry for entry in read(model, corpus).synapses if entry.path == silent).event_driven
+    model.firing = {silent: 0.3, "blocks.1.mixer.key": 0.9}  # as firing.json says
+    layouts = {entry.path: entry.layout for entry in read(model, corpus).synapses}
+    assert layouts[silent] == "out_in" and layouts["blocks.1.mixer.key"] == "in_out"
+    assert layouts["blocks.0.mixer.value"] == "out_in"  # what it does not list is dense
+
+
 def test_float_weights_are_never_skipped() -> None:
     model = model_of({**CASES["rwkv, adaptive"], "neuron": {"name": "adaptive", "dead_zone": 2.5}})
     total = weights(read(model, corpus_of()).synapses, 1)

@@ -14,6 +14,7 @@ from spikelm.energy.census import census
 from spikelm.energy.counts import Operations
 from spikelm.energy.estimate import bit_budget, compute, memory
 from spikelm.energy.ledger import Question, ledger
+from spikelm.energy.measured import measure
 from spikelm.energy.prices import DEFAULT, load_prices
 from spikelm.energy.reading import read
 from spikelm.energy.verdict import YAN_RATE, sentences
@@ -236,6 +237,14 @@ def test_measured_on_this_machine() -> None:
     assert model.blocks[0].mixer.key.linear.packed is None  # the caller's weights are as they were
 
 
+def test_without_a_decode_plan_the_models_own_step_is_timed() -> None:
+    model = model_of(CASES["hybrid, adaptive"])  # float64, which plans do not run
+    timed = measure(model, corpus_of(), {}, tokens=4, repeats=1)
+    assert timed["how"] == "the model's own step" and timed["seconds_per_token"] > 0
+    assert timed["event_driven"] is None and timed["why"].startswith("no decode plan: ")
+    assert timed["dense"]["weight_bytes_per_token"] is None
+
+
 def _zone(folder: Path, name: str, energy: str, readable: bool = True) -> Path:
     zone = folder / f"intel-rapl:{len(list(folder.iterdir()))}"
     zone.mkdir()
@@ -267,6 +276,30 @@ def test_no_counter_is_said_and_not_guessed(tmp_path: Path) -> None:
     _zone(tmp_path, "package-0", "1", readable=False)
     counter, why = counters.find(torch.device("cpu"), tmp_path)
     assert counter is None and why.startswith("no counter here: ")
+
+
+class _Library:
+    """What nvidia-ml-py offers, with a counter of millijoules."""
+
+    millijoules = 1500
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes:  # noqa: N802
+        return b"a card"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
+        assert handle == 1
+        return self.millijoules
+
+
+def test_nvml_counts_millijoules() -> None:
+    library = _Library()
+    counter = counters.Nvml(library, 1)
+    start = counter.read()
+    library.millijoules = 4000
+    assert counter.name == "NVML (a card)" and counter.between(start, counter.read()) == 2.5
 
 
 TABLE = """
