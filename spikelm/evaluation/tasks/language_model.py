@@ -106,9 +106,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Token ids; special tokens in the text are recognised and none is added."""
         return self.words.encode(string)
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Natural logarithm of the probability of each continuation, and whether it is the likeliest.
 
         Raises:

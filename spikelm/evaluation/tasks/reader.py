@@ -109,7 +109,7 @@ class Reader:
         self.model, self.vocab_size, self.device = model, vocab_size, device
         self.batch_size, self.chunk, self.share = batch_size, chunk, share
         self.tokens_read = self.tokens_asked = 0
-        self._advance = advance
+        self.advance = advance
         self._separate_head = False
 
     def score(self, sequences: Sequence[Sequence[int]], first: Sequence[int]) -> list[Scored]:
@@ -140,7 +140,9 @@ class Reader:
             targets = np.concatenate([item.targets for item in wanted])
             values, best = self._judge(part, places, targets)
             cuts = np.cumsum([len(item.places) for item in wanted])[:-1]
-            for item, value, is_best in zip(wanted, np.split(values, cuts), np.split(best, cuts), strict=True):
+            for item, value, is_best in zip(
+                wanted, np.split(values, cuts), np.split(best, cuts), strict=True
+            ):
                 there = slice(item.offset, item.offset + len(value))
                 logprobs[item.sequence][there], greedy[item.sequence][there] = value, is_best
         for number, values in enumerate(logprobs):
@@ -150,6 +152,32 @@ class Reader:
                     "dtype cannot be evaluated"
                 )
         return [Scored(a, b) for a, b in zip(logprobs, greedy, strict=True)]
+
+    def likeliest(
+        self, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
+    ) -> list[NDArray[np.int64]]:
+        """The token that the model thinks likeliest after given positions.
+
+        Args:
+            sequences: token ids.
+            places: per sequence positions in it, ascending.
+
+        Returns:
+            Per sequence int64 [n], the most likely next token after each of its places.
+        """
+        inputs = [self._tokens(tokens) for tokens in sequences]
+        asked = [np.asarray(own, dtype=np.int64) for own in places]
+        found = [np.zeros(len(own), dtype=np.int64) for own in asked]
+        for part in self._parts(inputs):
+            for row, edge in enumerate(part.edges):
+                left = edge.start + part.column
+                right = min(edge.stop, left + part.features.shape[1])
+                for sequence in edge.sequences:
+                    low, high = np.searchsorted(asked[sequence], [left, right])
+                    if low < high:
+                        there = row * part.features.shape[1] + asked[sequence][low:high] - left
+                        found[sequence][low:high] = self._likeliest(part, there)
+        return found
 
     def ends(self, sequences: Sequence[Sequence[int]], room: int = 0) -> Iterator[Ended]:
         """Read every sequence to its end; each comes once, in the order in which they end.
@@ -180,8 +208,8 @@ class Reader:
     def counted(self, tokens: int) -> None:
         """Note that the model was given so many tokens."""
         self.tokens_read += tokens
-        if self._advance is not None:
-            self._advance(tokens)
+        if self.advance is not None:
+            self.advance(tokens)
 
     def _tokens(self, tokens: Sequence[int]) -> Tokens:
         found = np.asarray(tokens, dtype=np.int64)
@@ -275,26 +303,47 @@ class Reader:
             return cast(SpikeLM, self.model).head_logits(features[None], {**state, "head": {}})[0][0]
         return features
 
+    def _logits_at(
+        self, part: _Part, places: NDArray[np.int64]
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64], Tensor]]:
+        """Logits at places (row * T + column), which may repeat, of bounded size at once.
+
+        Yields:
+            logits [K, V], the indices of the places they serve [M], and the row of each of those [M].
+        """
+        unique, back = np.unique(places, return_inverse=True)
+        flat = part.features.flatten(0, 1)
+        size = max(1, LOGITS_PER_CHUNK // self.vocab_size)
+        for start in range(0, len(unique), size):
+            served = np.flatnonzero((back >= start) & (back < start + size))
+            chosen = torch.from_numpy(unique[start : start + size]).to(flat.device)
+            logits = self._logits(flat.index_select(0, chosen), part.state)
+            rows = torch.from_numpy(back[served] - start).to(flat.device)
+            yield (logits if logits.dtype == torch.float64 else logits.float()), served, rows
+
+    @torch.inference_mode()
     def _judge(
         self, part: _Part, places: NDArray[np.int64], targets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Log-probability of the target at every place (row * T + column), and whether it is the likeliest."""
-        unique, back = np.unique(places, return_inverse=True)
-        flat = part.features.flatten(0, 1)
+        """Log-probability of the target at every place, and whether it is the likeliest."""
         values, best = np.empty(len(places)), np.empty(len(places), dtype=np.bool_)
-        size = max(1, LOGITS_PER_CHUNK // self.vocab_size)
-        for start in range(0, len(unique), size):
-            mine = np.flatnonzero((back >= start) & (back < start + size))
-            with torch.inference_mode():
-                chosen = torch.from_numpy(unique[start : start + size]).to(flat.device)
-                logits = self._logits(flat.index_select(0, chosen), part.state)
-                if logits.dtype != torch.float64:
-                    logits = logits.float()
-                row = torch.from_numpy(back[mine] - start).to(flat.device)
-                target = torch.from_numpy(targets[mine]).to(flat.device)
-                values[mine] = logits.log_softmax(-1)[row, target].double().cpu().numpy()
-                best[mine] = (logits.argmax(-1)[row] == target).cpu().numpy()
+        for logits, served, rows in self._logits_at(part, places):
+            target = torch.from_numpy(targets[served]).to(logits.device)
+            values[served] = logits.log_softmax(-1)[rows, target].double().cpu().numpy()
+            best[served] = (logits.argmax(-1)[rows] == target).cpu().numpy()
         return values, best
+
+    @torch.inference_mode()
+    def _likeliest(self, part: _Part, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The likeliest token at every place."""
+        found = np.empty(len(places), dtype=np.int64)
+        for logits, served, rows in self._logits_at(part, places):
+            if bool(logits.isnan().any()):
+                raise DataError(
+                    "the logits are not finite; the checkpoint's weights or its dtype cannot be evaluated"
+                )
+            found[served] = logits.argmax(-1)[rows].cpu().numpy()
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"""Running tasks of lm-evaluation-harness and sifting what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from spikelm.errors import ConfigError, DataError, nearest
+from spikelm.evaluation.tasks import offline
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from spikelm.evaluation.tasks.language_model import HarnessModel
+    from spikelm.evaluation.tasks.reader import Reader
+
+_ONE_PROCESS = "DISABLE_MULTIPROC"  # the harness's own variable
+
+RESAMPLES = 1000
+"""Bootstrap samples for the standard errors that have no formula (perplexity); their seed is fixed."""
+
+
+def check_installed() -> None:
+    """Raise :class:`ConfigError` where the harness is missing."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "tasks need lm-evaluation-harness, which is not installed; pip install 'spikelm[eval]'"
+        ) from error
+
+
+def parse(text: str) -> dict[str, int]:
+    """``"piqa_local,arc_easy_local@5"`` -> {"piqa_local": 0, "arc_easy_local": 5}; -1: as the task says.
+
+    ``local`` stands for all offline tasks. ``@K`` puts K examples before every question.
+
+    Raises:
+        ConfigError: nothing is named, a task is named twice, or K is no whole number from 0 on.
+    """
+    found: dict[str, int] = {}
+    for word in (part.strip() for part in text.split(",") if part.strip()):
+        name, at, shots = word.partition("@")
+        if at and not shots.isdecimal():
+            raise ConfigError(f"task {word!r}; expected NAME or NAME@K with a number K of examples")
+        for task in offline.names() if name == "local" else [name]:
+            if task in found:
+                raise ConfigError(f"task {task!r} is named twice; name it once")
+            found[task] = int(shots) if at else -1
+    if not found:
+        raise ConfigError(f"no task is named; offline ones are {', '.join(offline.names())}")
+    return found
+
+
+def run(
+    model: HarnessModel, tasks: dict[str, int], *, limit: int | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Ask a model the questions of some tasks.
+
+    Args:
+        model: who answers.
+        tasks: name -> examples before every question, see :func:`parse`. Offline tasks need no network, all
+            others are the harness's own.
+        limit: at most so many documents of each task.
+        seed: of the examples' choice (where a task draws them) and of the global generators.
+
+    Returns:
+        task -> {metric: value, metric_stderr: value or None, "n": documents}. Groups have their aggregate.
+
+    Raises:
+        ConfigError: an unknown task (the nearest is named), a limit below 1, the harness is not installed.
+        DataError: documents that are not there.
+    """
+    check_installed()
+    manager = _manager(list(tasks))
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; expected at least 1 document")
+    results: dict[str, dict[str, Any]] = {}
+    for shots in dict.fromkeys(tasks.values()):
+        mine = [name for name in tasks if tasks[name] == shots]
+        results |= _evaluate(model, mine, max(shots, 0) if shots >= 0 else None, limit, seed, manager)
+    order = [name for name in tasks if name in results]
+    return {name: results[name] for name in [*order, *(name for name in results if name not in tasks)]}
+
+
+def check_names(tasks: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for a task that does not exist, before any model is loaded."""
+    _manager(tasks)
+
+
+@functools.lru_cache(maxsize=1)
+def _index() -> TaskManager:
+    """The index of the harness's own tasks, thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _manager(tasks: Sequence[str]) -> TaskManager:
+    """The harness's index of tasks; its own thousands are looked through only where one is named."""
+    from lm_eval.tasks import TaskManager
+
+    foreign = [name for name in tasks if name not in offline.names()]
+    if not foreign:
+        return TaskManager(include_defaults=False)
+    manager = _index()
+    for name in foreign:
+        if name not in manager.all_tasks:
+            raise ConfigError(_unknown(name, manager.all_tasks))
+    return manager
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    """The sentence about an unknown task; of thousands of names only the nearest and the offline ones."""
+    sentence = nearest("task", name, [*offline.names(), *known]).partition(" known:")[0]
+    return (
+        f"{sentence} offline ones are {', '.join(offline.names())}, "
+        f"and the harness has {len(known)} more (lm_eval ls tasks)"
+    )
+
+
+def _evaluate(
+    model: HarnessModel,
+    tasks: list[str],
+    shots: int | None,
+    limit: int | None,
+    seed: int,
+    manager: TaskManager,
+) -> dict[str, dict[str, Any]]:
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from lm_eval import simple_evaluate
+
+    local = offline.names()
+    asked = [offline.config(name, shots or 0) if name in local else name for name in tasks]
+    only_local = all(name in local for name in tasks)  # those say themselves how many examples they have
+    try:
+        with _quiet(model.reader):
+            found = simple_evaluate(
+                model=model,
+                tasks=asked,
+                num_fewshot=None if only_local else shots,
+                limit=limit,
+                bootstrap_iters=RESAMPLES,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                task_manager=manager,
+            )
+    except (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        sentence = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"the documents of {', '.join(name for name in tasks if name not in local)} cannot be had: {sentence}"
+        ) from error
+    return _sifted(found)
+
+
+def _sifted(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """``{"acc,none": x, "acc_stderr,none": e, ...}`` -> ``{"acc": x, "acc_stderr": e, "n": n}``."""
+    sifted: dict[str, dict[str, Any]] = {}
+    for task, values in found["results"].items():
+        row: dict[str, Any] = {}
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if not comma:
+                continue  # alias and the like
+            name = metric if kind == "none" else f"{metric},{kind}"
+            row[name] = value if isinstance(value, (int, float)) else None
+        counted = found["n-samples"].get(task)
+        row["n"] = values.get("sample_len") if counted is None else counted["effective"]
+        sifted[task] = row
+    return sifted
+
+
+@contextlib.contextmanager
+def _quiet(reader: Reader) -> Iterator[None]:
+    """Without the harness's own prints and bars (its warnings stay), and without processes for its bootstrap.
+
+    Those bars ignore every switch, so their stream is taken away; our progress keeps it.
+    """
+    stream, advance = sys.stderr, reader.advance
+
+    def loud(tokens: int) -> None:
+        if advance is not None:
+            with contextlib.redirect_stderr(stream):
+                advance(tokens)
+
+    import datasets
+
+    bars = datasets.is_progress_bar_enabled()
+    before = os.environ.get(_ONE_PROCESS)
+    warnings = logging.StreamHandler(stream)
+    warnings.setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").addHandler(warnings)
+    datasets.disable_progress_bars()
+    os.environ[_ONE_PROCESS] = "1"
+    reader.advance = loud
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        reader.advance = advance
+        logging.getLogger("lm_eval").removeHandler(warnings)
+        os.environ.pop(_ONE_PROCESS)
+        if before is not None:
+            os.environ[_ONE_PROCESS] = before
+        if bars:
+            datasets.enable_progress_bars()
