@@ -131,7 +131,7 @@ def run_long_context(
     Raises:
         ConfigError: an unknown kind, an impossible number.
         CheckpointError: no checkpoint.
-        DataError: no tokenizer (``mqar`` needs none), a length that is too short, a haystack without sentences.
+        DataError: no tokenizer (``mqar`` needs none), too short a length, a haystack without sentences.
     """
     record = rerun_long_context(
         {
@@ -244,8 +244,8 @@ def _tokenizer(folder: Path) -> Tokenizer:
         return tokenizer_for(folder, None)
     except DataError as error:
         raise DataError(
-            f"{folder} has no usable tokenizer ({error}); questions are text: save the tokenizer the model was "
-            "trained with beside it"
+            f"{folder} has no usable tokenizer ({error}); questions are text: save the tokenizer the model "
+            "was trained with beside it"
         ) from error
 
 

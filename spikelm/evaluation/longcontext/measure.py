@@ -50,13 +50,10 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     """``"1k,4096"`` -> (1024, 4096), ascending; raises ConfigError for what is no positive whole number."""
     found = []
     for word in (part.strip().lower() for part in text.split(",") if part.strip()):
-        digits, factor = (
-            (word[:-1], {"k": 1 << 10, "m": 1 << 20}[word[-1]]) if word[-1] in "km" else (word, 1)
-        )
+        factor = {"k": 1 << 10, "m": 1 << 20}.get(word[-1], 1)
+        digits = word if factor == 1 else word[:-1]
         if not digits.isdecimal() or int(digits) < 1:
-            raise ConfigError(
-                f"length {word!r}; expected a positive number of tokens, such as 4096, 4k or 1m"
-            )
+            raise ConfigError(f"length {word!r}; expected a positive number of tokens: 4096, 4k, 1m")
         found.append(int(digits) * factor)
     if not found:
         raise ConfigError("no length is given; expected tokens, such as 1k,4k,16k")
@@ -81,9 +78,7 @@ def measure_recall(reader: Reader, length: int, *, samples: int, seed: int) -> d
         drawn = [
             recall(np.random.default_rng([seed, length, i]), length, reader.vocab_size, pairs) for i in group
         ]
-        said = reader.likeliest(
-            [one.tokens.tolist() for one in drawn], [one.places.tolist() for one in drawn]
-        )
+        said = reader.likeliest([one.tokens for one in drawn], [one.places for one in drawn])
         shares += [float((a == one.values).mean()) for a, one in zip(said, drawn, strict=True)]
     return {**_cell(length, None, shares), "pairs": pairs}
 

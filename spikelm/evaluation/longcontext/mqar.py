@@ -67,8 +67,8 @@ def recall(rng: np.random.Generator, length: int, vocab_size: int, pairs: int | 
     half = vocab_size // 2
     if pairs < 1 or 4 * pairs > length or pairs >= half:
         raise DataError(
-            f"{pairs} pairs with length {length} and {vocab_size} tokens; expected at least one pair, a length "
-            "of four times as many, and as many different keys"
+            f"{pairs} pairs with length {length} and {vocab_size} tokens; expected at least one pair, a "
+            "length of four times as many, and as many different keys"
         )
     keys = 1 + rng.choice(half - 1, pairs, replace=False)
     values = half + rng.choice(vocab_size - half, pairs, replace=False)

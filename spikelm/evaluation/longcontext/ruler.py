@@ -62,8 +62,8 @@ class Niah:
                 self._distractors(random.Random(seed), n, keys) if self.haystack == "needles" else take(n)
             )
             return (
-                f"Some special magic {kind} are hidden within the following text. Make sure to memorize them. "
-                f"I will quiz you about them afterwards.\n{hidden(filler, placed)}\n"
+                f"Some special magic {kind} are hidden within the following text. Make sure to memorize "
+                f"them. I will quiz you about them afterwards.\n{hidden(filler, placed)}\n"
                 f"What are all the special magic {kind} for {asked} mentioned in the provided text? "
                 f"The special magic {kind} for {asked} mentioned in the provided text are"
             )
@@ -73,7 +73,7 @@ class Niah:
         return Prompt(text=text, tokens=tokens, answers=wanted)
 
     def _distractors(self, rng: random.Random, n: int, taken: list[str]) -> list[str]:
-        found = []
+        found: list[str] = []
         while len(found) < n:
             key = self._key(rng)
             if key not in taken:
@@ -141,7 +141,7 @@ def common_words(rng: random.Random, length: int, tokenizer: Tokenizer, haystack
 
 
 def frequent_words(rng: random.Random, length: int, tokenizer: Tokenizer, haystack: Haystack) -> Prompt:
-    """``fwe``: coded text whose words follow Zipf's law with exponent 2; the three most frequent are asked."""
+    """``fwe``: coded text whose words follow Zipf's law, exponent 2; the three most frequent are wanted."""
     words, seed = different(rng, 200, made_word), rng.getrandbits(64)
     share = [1.0 / rank**2 for rank in range(1, len(words) + 1)]
     total = sum(share)

@@ -1,7 +1,7 @@
 """A SpikeLM model as lm-evaluation-harness wants it.
 
-Where the harness's own HFLM differs, and why: it cuts a text at 2048 tokens from the left, here a text is read
-whole, however long (``loglikelihood_rolling`` carries the state over the document instead of windows); it adds
+Where the harness's own HFLM differs: it cuts a text at 2048 tokens from the left, here a text is read whole,
+however long (``loglikelihood_rolling`` carries the state over the document instead of windows); it adds
 log-probabilities in float32, here in float64; here shared beginnings are read once. Texts without context
 begin after bos, else eos, else (byte tokenizers have neither) a line break.
 """

@@ -69,9 +69,9 @@ def data_file(name: str) -> Path:
     folder = os.environ.get(FOLDER)
     if not folder:
         raise ConfigError(
-            f"task {name} reads eval/{file} of the folder that {FOLDER} names, and {FOLDER} is not set; set it"
+            f"task {name} reads eval/{file} of the folder that {FOLDER} names, but {FOLDER} is not set"
         )
-    plain = Path(folder) / "eval" / file
+    plain = Path(folder) / "eval" / str(file)
     for path in (plain.with_name(f"{plain.name}.xz"), plain):
         if path.is_file():
             return path

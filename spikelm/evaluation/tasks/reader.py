@@ -112,7 +112,7 @@ class Reader:
         self.advance = advance
         self._separate_head = False
 
-    def score(self, sequences: Sequence[Sequence[int]], first: Sequence[int]) -> list[Scored]:
+    def score(self, sequences: Sequence[Sequence[int] | Tokens], first: Sequence[int]) -> list[Scored]:
         """Probabilities of the tokens from ``first`` on, each given all before it.
 
         Args:
@@ -140,11 +140,10 @@ class Reader:
             targets = np.concatenate([item.targets for item in wanted])
             values, best = self._judge(part, places, targets)
             cuts = np.cumsum([len(item.places) for item in wanted])[:-1]
-            for item, value, is_best in zip(
-                wanted, np.split(values, cuts), np.split(best, cuts), strict=True
-            ):
+            pieces = zip(np.split(values, cuts), np.split(best, cuts), strict=True)
+            for item, (value, likeliest) in zip(wanted, pieces, strict=True):
                 there = slice(item.offset, item.offset + len(value))
-                logprobs[item.sequence][there], greedy[item.sequence][there] = value, is_best
+                logprobs[item.sequence][there], greedy[item.sequence][there] = value, likeliest
         for number, values in enumerate(logprobs):
             if not np.isfinite(values).all():
                 raise DataError(
@@ -154,7 +153,7 @@ class Reader:
         return [Scored(a, b) for a, b in zip(logprobs, greedy, strict=True)]
 
     def likeliest(
-        self, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
+        self, sequences: Sequence[Sequence[int] | Tokens], places: Sequence[Sequence[int] | Tokens]
     ) -> list[NDArray[np.int64]]:
         """The token that the model thinks likeliest after given positions.
 
@@ -179,7 +178,7 @@ class Reader:
                         found[sequence][low:high] = self._likeliest(part, there)
         return found
 
-    def ends(self, sequences: Sequence[Sequence[int]], room: int = 0) -> Iterator[Ended]:
+    def ends(self, sequences: Sequence[Sequence[int] | Tokens], room: int = 0) -> Iterator[Ended]:
         """Read every sequence to its end; each comes once, in the order in which they end.
 
         Args:
@@ -196,11 +195,6 @@ class Reader:
                 with torch.inference_mode():
                     last = part.features[row : row + 1, edge.length - part.column - 1]
                     logits = self._logits(last, part.state)
-                    if not bool(logits.isfinite().any(-1).all()) or bool(logits.isnan().any()):
-                        raise DataError(
-                            f"the logits after sequence {here[0]} are not finite; the checkpoint's weights or "
-                            "its dtype cannot be evaluated"
-                        )
                     rows = torch.full((len(here),), row, device=last.device)
                     state = states.select_rows(part.state, rows)
                 yield Ended(here, logits.expand(len(here), -1), state)
@@ -211,7 +205,7 @@ class Reader:
         if self.advance is not None:
             self.advance(tokens)
 
-    def _tokens(self, tokens: Sequence[int]) -> Tokens:
+    def _tokens(self, tokens: Sequence[int] | Tokens) -> Tokens:
         found = np.asarray(tokens, dtype=np.int64)
         if not len(found):
             raise DataError("a sequence has no token; give at least one")

@@ -156,9 +156,9 @@ def _evaluate(
                 task_manager=manager,
             )
     except (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-        sentence = str(error).strip().splitlines()[0]
+        foreign = ", ".join(name for name in tasks if name not in local)
         raise DataError(
-            f"the documents of {', '.join(name for name in tasks if name not in local)} cannot be had: {sentence}"
+            f"the documents of {foreign} cannot be had: {str(error).strip().splitlines()[0]}"
         ) from error
     return _sifted(found)
 
