@@ -126,9 +126,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 raise DataError(
                     f"the tokenizer makes no token of the continuation {texts[1]!r} after {texts[0][-40:]!r}"
                 )
+        # A context of spaces alone is none: the harness moves them to the continuation.
+        contexts = [context or [self.prefix_token_id] for _, context, _ in requests]
         scores = self.reader.score(
-            [context + continuation for _, context, continuation in requests],
-            [len(context) for _, context, _ in requests],
+            [a + continuation for a, (_, _, continuation) in zip(contexts, requests, strict=True)],
+            [len(context) for context in contexts],
         )
         answers = [(float(score.logprobs.sum()), bool(score.greedy.all())) for score in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
