@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import io
 import logging
 import os
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spikelm.errors import ConfigError, DataError, nearest
 from spikelm.evaluation.tasks import offline
@@ -107,6 +111,9 @@ def _manager(tasks: Sequence[str]) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     foreign = [name for name in tasks if name not in offline.names()]
+    for name in foreign:  # a slip in an offline name is told without looking through the harness
+        if difflib.get_close_matches(name, offline.names(), n=1, cutoff=0.85):
+            raise ConfigError(_unknown(name, []))
     if not foreign:
         return TaskManager(include_defaults=False)
     manager = _index()
@@ -120,8 +127,8 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     """The sentence about an unknown task; of thousands of names only the nearest and the offline ones."""
     sentence = nearest("task", name, [*offline.names(), *known]).partition(" known:")[0]
     return (
-        f"{sentence} offline ones are {', '.join(offline.names())}, "
-        f"and the harness has {len(known)} more (lm_eval ls tasks)"
+        f"{sentence} offline ones are {', '.join(offline.names())}, all others are the harness's own "
+        "(lm_eval ls tasks)"
     )
 
 
@@ -133,34 +140,39 @@ def _evaluate(
     seed: int,
     manager: TaskManager,
 ) -> dict[str, dict[str, Any]]:
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
+    from lm_eval.utils import set_torch_seed
 
+    random.seed(seed)
+    np.random.seed(seed)
+    set_torch_seed(seed)
+    with _quiet(model.reader):
+        loaded = _loaded(tasks, shots, manager)
+        for task in loaded["tasks"].values():
+            if shots is not None or task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=seed)
+        # Not simple_evaluate: it looks for git and drivers, and the record has its own account of the machine.
+        found = evaluate(
+            lm=model, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False
+        )
+    return _sifted(found)
+
+
+def _loaded(tasks: list[str], shots: int | None, manager: TaskManager) -> dict[str, Any]:
+    """The tasks with their documents."""
     local = offline.names()
     asked = [offline.config(name, shots or 0) if name in local else name for name in tasks]
-    only_local = all(name in local for name in tasks)  # those say themselves how many examples they have
     try:
-        with _quiet(model.reader):
-            found = simple_evaluate(
-                model=model,
-                tasks=asked,
-                num_fewshot=None if only_local else shots,
-                limit=limit,
-                bootstrap_iters=RESAMPLES,
-                log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-                task_manager=manager,
-            )
-    except (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        loaded: dict[str, Any] = manager.load(asked)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        # What is raised differs by cause: no network, no such data set, a script, a missing package.
         foreign = ", ".join(name for name in tasks if name not in local)
         raise DataError(
-            f"the documents of {foreign} cannot be had: {str(error).strip().splitlines()[0]}"
+            f"the documents of {foreign or ', '.join(tasks)} cannot be had: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from error
-    return _sifted(found)
+    return loaded
 
 
 def _sifted(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
