@@ -65,6 +65,8 @@ def run_tasks(
 
 def rerun_tasks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The record of :func:`run_tasks` with these arguments; nothing is printed."""
+    from importlib.metadata import version
+
     from spikelm.evaluation.record import stamp
     from spikelm.evaluation.tasks import offline
     from spikelm.evaluation.tasks.run import check_installed, check_names, parse, run
@@ -95,7 +97,7 @@ def rerun_tasks(arguments: Mapping[str, Any]) -> dict[str, Any]:
         {"models": models},
         arguments=arguments,
         checkpoints=folders,
-        data={"source": "lm-evaluation-harness", "files": data},
+        data={"source": "lm-evaluation-harness", "version": version("lm_eval"), "files": data},
         tokenizer_sha256=_one([tokenizer.sha256 for tokenizer in words.values()]),
         seed=arguments["seed"],
         n=sum(documents),

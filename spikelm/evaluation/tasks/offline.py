@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spikelm.data.compressed import read_bytes
 from spikelm.data.store import default_cache_dir
 from spikelm.errors import ConfigError, DataError, nearest
 from spikelm.yaml_values import read_yaml
@@ -79,11 +80,11 @@ def data_file(name: str) -> Path:
 
 
 def checksums(tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Task -> file and SHA-256 of its documents, for those of ``tasks`` that are offline ones."""
+    """Task -> file and SHA-256 of its documents (decompressed), for those of ``tasks`` that are offline ones."""
     return {
         name: {
             "file": data_file(name).name,
-            "sha256": hashlib.sha256(data_file(name).read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(read_bytes(data_file(name))).hexdigest(),
         }
         for name in tasks
         if name in names()

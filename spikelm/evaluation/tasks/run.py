@@ -152,7 +152,7 @@ def _evaluate(
             if shots is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=shots or 0)
             task.set_fewshot_seed(seed=seed)
-        # Not simple_evaluate: it looks for git and drivers, and the record has its own account of the machine.
+        # Not simple_evaluate: it looks for git and drivers, while the record tells of the machine itself.
         found = evaluate(
             lm=model, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False
         )

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -59,7 +58,7 @@ def test_a_trained_rwkv(models: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "rwkv", model, Tokenizer.bytes())
     ours = load(folder)
     other = HFLM(str(folder), device="cpu", dtype="float32", batch_size=8, prefix_token_id=10)
-    assert_alike(ours, other, ("copa_local", "openbookqa_local", "winograd_wsc_local"), 1e-4)
+    assert_alike(ours, other, ("copa_local", "winograd_wsc_local"), 1e-4)
 
 
 def test_a_trained_llama_whose_layers_are_ours(models: Path, tmp_path: Path) -> None:
@@ -102,4 +101,4 @@ def test_a_trained_llama_whose_layers_are_ours(models: Path, tmp_path: Path) -> 
     model.tie_weights()
     ours = load(save_checkpoint(tmp_path / "llama", model, Tokenizer.load(folder)))
     other = HFLM(str(folder), device="cpu", dtype="float32", batch_size=8)
-    assert_alike(ours, other, ("arc_easy_local", "piqa_local", "winograd_wsc_local"), 1e-3)
+    assert_alike(ours, other, ("arc_easy_local", "piqa_local"), 1e-3)
