@@ -80,7 +80,7 @@ def data_file(name: str) -> Path:
 
 
 def checksums(tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Task -> file and SHA-256 of its documents (decompressed), for those of ``tasks`` that are offline ones."""
+    """Task -> file and SHA-256 of its documents (decompressed), for the offline ones of ``tasks``."""
     return {
         name: {
             "file": data_file(name).name,
