@@ -1,6 +1,6 @@
 """What does reading shared prefixes once save in multiple-choice tasks?
 
-    python benchmarks/eval_tasks.py [--model spikegpt-nano-sd] [--limit 50] [--rounds 3]
+    python benchmarks/eval_tasks.py [--model spikegpt-nano-sd] [--limit 12] [--rounds 3]
 
 Writes results/eval_tasks.json. The requests are those that lm-evaluation-harness makes of the offline tasks
 in $SPIKELM_DATA (zero and five examples before a question), the tokens are bytes, the weights random: which
@@ -12,6 +12,7 @@ medians.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -28,6 +29,7 @@ import spikelm.hf  # noqa: F401 (HFLM loads the checkpoint through transformers)
 from spikelm.checkpoint import load_model, save_checkpoint
 from spikelm.config import ModelConfig
 from spikelm.evaluation.tasks.language_model import HarnessModel
+from spikelm.evaluation.tasks.offline import FOLDER
 from spikelm.evaluation.tasks.run import parse, run
 from spikelm.model import SpikeLM
 from spikelm.presets import find
@@ -122,12 +124,15 @@ def main() -> int:
     )
     parser.add_argument("--model", default="spikegpt-nano-sd")
     parser.add_argument("--tasks", default=" ".join(TASKS), help="separated by spaces")
-    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--limit", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if not os.environ.get(FOLDER):
+        print(f"{FOLDER} is not set: there are no documents, nothing is measured")
+        return 0
     figures: dict[str, Any] = {}
     for name, model in models(args.model).items():
         figures[name] = {}
