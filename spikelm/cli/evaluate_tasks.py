@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikelm.cli._common import console, progress, write_json
+from spikelm.evaluation.longcontext.prompt import HAYSTACK
 
 if TYPE_CHECKING:
     import torch
 
     from spikelm.model import SpikeLM
     from spikelm.tokenizer import Tokenizer
-
-HAYSTACK = "builtin:python-docs"
-"""Text that facts are hidden in: every Python carries it."""
 
 
 def run_tasks(

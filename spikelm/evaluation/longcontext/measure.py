@@ -116,7 +116,7 @@ def measure_prompts(
     sizes: dict[float | None, list[int]] = {}
     asked = [(i, depth) for i in range(samples) for depth in (depths if kind == "needle" else (None,))]
     for group in _grouped(asked, reader.batch_size):
-        prompts = [_prompt(kind, i, depth, length, tokenizer, seed, haystack) for i, depth in group]
+        prompts = [make_prompt(kind, i, depth, length, tokenizer, seed, haystack) for i, depth in group]
         requests = [
             Request(
                 tokens=prompt.tokens,
@@ -146,7 +146,7 @@ def score(kind: str, prompt: Prompt, text: str) -> float:
     return sum(answer.lower() in lowered for answer in prompt.answers) / len(prompt.answers)
 
 
-def _prompt(
+def make_prompt(
     kind: str,
     number: int,
     depth: float | None,
@@ -155,6 +155,20 @@ def _prompt(
     seed: int,
     haystack: Haystack,
 ) -> Prompt:
+    """The prompt of a number: the same for the same arguments, whatever else is made.
+
+    Args:
+        kind: one of :data:`KINDS`, not ``mqar``.
+        number: which one, from 0 on.
+        depth: of ``needle``.
+        length: tokens at most.
+        tokenizer: counts them.
+        seed: another seed gives other prompts.
+        haystack: real text.
+
+    Raises:
+        DataError: the length has no room for the task.
+    """
     # Prompts of one number differ in depth alone, so that depths are compared on the same text.
     rng = random.Random(f"{seed}/{kind}/{length}/{number}")
     if kind == "needle":

@@ -12,6 +12,8 @@ from spikelm.data.source import Source
 from spikelm.errors import DataError
 from spikelm.tokenizer import Tokenizer
 
+HAYSTACK = "builtin:python-docs"
+"""Text that facts are hidden in unless another is given: every Python carries it."""
 NOISE = (
     "The grass is green.",
     "The sky is blue.",

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spikelm.data.source import open_source
 from spikelm.errors import ConfigError, DataError, nearest
+from spikelm.evaluation.longcontext.harness import config as long_context
+from spikelm.evaluation.longcontext.harness import is_ours, kind_and_length
+from spikelm.evaluation.longcontext.prompt import HAYSTACK, Haystack
 from spikelm.evaluation.tasks import offline
 
 if TYPE_CHECKING:
@@ -23,8 +27,10 @@ if TYPE_CHECKING:
 
     from spikelm.evaluation.tasks.language_model import HarnessModel
     from spikelm.evaluation.tasks.reader import Reader
+    from spikelm.tokenizer import Tokenizer
 
 _ONE_PROCESS = "DISABLE_MULTIPROC"  # the harness's own variable
+_OPTIONS = "Custom kwargs can be passed"  # a hint for users of the harness's own command line
 
 RESAMPLES = 1000
 """Bootstrap samples for the standard errors that have no formula (perplexity); their seed is fixed."""
@@ -69,8 +75,8 @@ def run(
 
     Args:
         model: who answers.
-        tasks: name -> examples before every question, see :func:`parse`. Offline tasks need no network, all
-            others are the harness's own.
+        tasks: name -> examples before every question, see :func:`parse`. Offline tasks (and
+            ``ruler_KIND_LENGTH``, whose prompts are made here) need no network, others are the harness's own.
         limit: at most so many documents of each task.
         seed: of the examples' choice (where a task draws them) and of the global generators.
 
@@ -110,7 +116,10 @@ def _manager(tasks: Sequence[str]) -> TaskManager:
     """The harness's index of tasks; its own thousands are looked through only where one is named."""
     from lm_eval.tasks import TaskManager
 
-    foreign = [name for name in tasks if name not in offline.names()]
+    for name in tasks:
+        if is_ours(name):
+            kind_and_length(name)
+    foreign = [name for name in tasks if name not in offline.names() and not is_ours(name)]
     for name in foreign:  # a slip in an offline name is told without looking through the harness
         if difflib.get_close_matches(name, offline.names(), n=1, cutoff=0.85):
             raise ConfigError(_unknown(name, []))
@@ -127,8 +136,8 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     """The sentence about an unknown task; of thousands of names only the nearest and the offline ones."""
     sentence = nearest("task", name, [*offline.names(), *known]).partition(" known:")[0]
     return (
-        f"{sentence} offline ones are {', '.join(offline.names())}, all others are the harness's own "
-        "(lm_eval ls tasks)"
+        f"{sentence} offline ones are {', '.join(offline.names())} and ruler_KIND_LENGTH, all others are the "
+        "harness's own (lm_eval ls tasks)"
     )
 
 
@@ -147,7 +156,7 @@ def _evaluate(
     np.random.seed(seed)
     set_torch_seed(seed)
     with _quiet(model.reader):
-        loaded = _loaded(tasks, shots, manager)
+        loaded = _loaded(tasks, shots, manager, model.words, limit, seed)
         for task in loaded["tasks"].values():
             if shots is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=shots or 0)
@@ -159,10 +168,24 @@ def _evaluate(
     return _sifted(found)
 
 
-def _loaded(tasks: list[str], shots: int | None, manager: TaskManager) -> dict[str, Any]:
+def _loaded(
+    tasks: list[str],
+    shots: int | None,
+    manager: TaskManager,
+    words: Tokenizer,
+    limit: int | None,
+    seed: int,
+) -> dict[str, Any]:
     """The tasks with their documents."""
-    local = offline.names()
-    asked = [offline.config(name, shots or 0) if name in local else name for name in tasks]
+    local, haystack = offline.names(), Haystack(open_source(HAYSTACK))
+    asked: list[str | dict[str, Any]] = []
+    for name in tasks:
+        if is_ours(name):
+            if shots:
+                raise ConfigError(f"task {name!r} takes no examples; leave @{shots} out")
+            asked.append(long_context(name, words, haystack, samples=limit, seed=seed))
+        else:
+            asked.append(offline.config(name, shots or 0) if name in local else name)
     try:
         loaded: dict[str, Any] = manager.load(asked)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -211,6 +234,7 @@ def _quiet(reader: Reader) -> Iterator[None]:
     before = os.environ.get(_ONE_PROCESS)
     warnings = logging.StreamHandler(stream)
     warnings.setLevel(logging.WARNING)
+    warnings.addFilter(lambda record: _OPTIONS not in record.getMessage())
     logging.getLogger("lm_eval").addHandler(warnings)
     datasets.disable_progress_bars()
     os.environ[_ONE_PROCESS] = "1"

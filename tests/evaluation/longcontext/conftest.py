@@ -21,10 +21,15 @@ PROSE = " ".join(
 
 
 @pytest.fixture(scope="session")
-def haystack(tmp_path_factory: pytest.TempPathFactory) -> Haystack:
+def prose(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("hay") / "prose.txt"
     path.write_text(PROSE, encoding="utf-8")
-    return Haystack(open_source(str(path)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def haystack(prose: str) -> Haystack:
+    return Haystack(open_source(prose))
 
 
 class Remembering:

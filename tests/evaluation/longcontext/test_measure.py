@@ -31,7 +31,7 @@ from spikelm.evaluation.tasks.reader import Reader
 from spikelm.model import SpikeLM
 from spikelm.tokenizer import Tokenizer
 
-from .conftest import PROSE, Remembering
+from .conftest import Remembering
 
 BYTES = Tokenizer.bytes()
 END = "\0"
@@ -134,13 +134,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1)
     return save_checkpoint(tmp_path_factory.mktemp("c") / "model", SpikeLM(config), BYTES)
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("p") / "prose.txt"
-    path.write_text(PROSE, encoding="utf-8")
-    return str(path)
 
 
 def test_tables_record_and_repetition(
