@@ -67,12 +67,12 @@ def rerun_tasks(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     from spikelm.evaluation.record import stamp
     from spikelm.evaluation.tasks import offline
-    from spikelm.evaluation.tasks.run import check_installed, check_names, parse, run
+    from spikelm.evaluation.tasks.run import bare, check_installed, check_names, parse, run
 
     asked = parse(str(arguments["tasks"]))
     check_installed()
     check_names(list(asked))
-    data = offline.checksums(list(asked))
+    data = offline.checksums([bare(name) for name in asked])
     folders = labelled([Path(folder) for folder in arguments["checkpoints"]])
     words: dict[str, Tokenizer] = {label: _tokenizer(folder) for label, folder in folders.items()}
     from spikelm.evaluation.tasks.language_model import HarnessModel

@@ -47,7 +47,7 @@ def check_installed() -> None:
 
 
 def parse(text: str) -> dict[str, int]:
-    """``"piqa_local,arc_easy_local@5"`` -> {"piqa_local": 0, "arc_easy_local": 5}; -1: as the task says.
+    """``"piqa_local,arc_easy_local@5"`` -> {"piqa_local": -1, "arc_easy_local@5": 5}; -1: as the task says.
 
     ``local`` stands for all offline tasks. ``@K`` puts K examples before every question.
 
@@ -59,7 +59,7 @@ def parse(text: str) -> dict[str, int]:
         name, at, shots = word.partition("@")
         if at and not shots.isdecimal():
             raise ConfigError(f"task {word!r}; expected NAME or NAME@K with a number K of examples")
-        for task in offline.names() if name == "local" else [name]:
+        for task in (f"{one}{at}{shots}" for one in (offline.names() if name == "local" else [name])):
             if task in found:
                 raise ConfigError(f"task {task!r} is named twice; name it once")
             found[task] = int(shots) if at else -1
@@ -81,27 +81,34 @@ def run(
         seed: of the examples' choice (where a task draws them) and of the global generators.
 
     Returns:
-        task -> {metric: value, metric_stderr: value or None, "n": documents}. Groups have their aggregate.
+        task -> {metric: value, metric_stderr: value or None, "n": documents}, a task with examples under its
+        name with @K. Groups have their aggregate.
 
     Raises:
         ConfigError: an unknown task (the nearest is named), a limit below 1, the harness is not installed.
         DataError: documents that are not there.
     """
     check_installed()
-    manager = _manager(list(tasks))
+    manager = _manager([bare(name) for name in tasks])
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; expected at least 1 document")
     results: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(tasks.values()):
-        mine = [name for name in tasks if tasks[name] == shots]
-        results |= _evaluate(model, mine, max(shots, 0) if shots >= 0 else None, limit, seed, manager)
+        mine = [bare(name) for name in tasks if tasks[name] == shots]
+        found = _evaluate(model, mine, None if shots < 0 else shots, limit, seed, manager)
+        results |= {name if shots < 0 else f"{name}@{shots}": row for name, row in found.items()}
     order = [name for name in tasks if name in results]
     return {name: results[name] for name in [*order, *(name for name in results if name not in tasks)]}
 
 
+def bare(name: str) -> str:
+    """The name of a task without its number of examples."""
+    return name.partition("@")[0]
+
+
 def check_names(tasks: Sequence[str]) -> None:
     """Raise :class:`ConfigError` for a task that does not exist, before any model is loaded."""
-    _manager(tasks)
+    _manager([bare(name) for name in tasks])
 
 
 @functools.lru_cache(maxsize=1)

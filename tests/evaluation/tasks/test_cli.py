@@ -31,7 +31,7 @@ def test_table_record_and_repetition(
     found = run_tasks([checkpoint, other], "copa_local,piqa_local@2", limit=20, json_file=target)
     shown = capsys.readouterr()
     assert "it/s" not in shown.err and "Overwriting" not in shown.err
-    for text in ("copa_local", "piqa_local", "acc_norm", "small", "other", "±"):
+    for text in ("copa_local", "piqa_local@2", "acc_norm", "small", "other", "±"):
         assert text in shown.out
     saved = record.read(target)
     assert saved == json.loads(json.dumps(found))

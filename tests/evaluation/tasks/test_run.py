@@ -29,9 +29,10 @@ NAMES = [
 
 def test_names() -> None:
     assert offline.names() == NAMES
-    assert parse("piqa_local, arc_easy_local@5") == {"piqa_local": -1, "arc_easy_local": 5}
+    assert parse("piqa_local, arc_easy_local@5") == {"piqa_local": -1, "arc_easy_local@5": 5}
     assert list(parse("local")) == NAMES
-    assert parse("local@2")["copa_local"] == 2
+    assert parse("local@2")["copa_local@2"] == 2
+    assert parse("copa_local,copa_local@1") == {"copa_local": -1, "copa_local@1": 1}
     for text, message in (
         ("", "no task is named; offline ones are arc_challenge_local"),
         ("piqa_local@many", "NAME@K with a number K"),
@@ -68,7 +69,7 @@ def test_examples_are_the_first_documents_and_no_question(checkpoint: Path, offl
 
     model.reader.score = noted  # type: ignore[method-assign]
     found = run(model, parse("copa_local@3"), limit=None)
-    assert found["copa_local"]["n"] == 24 - 3
+    assert found["copa_local@3"]["n"] == 24 - 3
     texts = [bytes(tokens).decode() for tokens in seen]
     shots = {text.rpartition("\n\n")[0] for text in texts}
     assert len(texts) == 2 * 21 and len(shots) == 1 and shots.pop().count(", therefore ") == 3
