@@ -237,7 +237,7 @@ _EXTRAS = {
     "train": "ZeRO over several devices, TensorBoard",
     "gpu": "Triton kernels",
     "serve": "serving",
-    "eval": "further measurements",
+    "eval": "tasks of lm-evaluation-harness",
     "dev": "tests and tools",
 }
 

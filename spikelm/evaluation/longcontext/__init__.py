@@ -1,0 +1,1 @@
+"""How far back a model remembers: passkey, needle grid, associative recall, tasks like RULER's."""
