@@ -120,8 +120,11 @@ def _sources(module: str) -> list[Path]:
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spikelm.kernels"):
+            if isinstance(node, ast.ImportFrom):
                 waiting += [str(node.module), *(f"{node.module}.{name.name}" for name in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [name.name for name in node.names]
+        waiting = [name for name in waiting if name.startswith("spikelm.kernels.")]
     return sorted(found)
 
 

@@ -42,13 +42,7 @@ class Excluded:
 
 EXCLUDED: tuple[Excluded, ...] = ()
 
-PROVISIONAL: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(
-        ("gated_delta", "gla"),
-        "not all of its configurations were compiled ahead of time, and some of those that were spill more "
-        "than 64 bytes; use_backend('triton') runs it",
-    )
-)
+PROVISIONAL: Mapping[str, str] = MappingProxyType({})
 """Op -> why ``auto`` does not take its Triton form on any device yet; asked for by name it runs."""
 
 

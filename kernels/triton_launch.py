@@ -31,7 +31,9 @@ ALIGNMENT = 16  # bytes; Triton compiles another kernel for a pointer that is no
 SIDES = ("C", "BK", "SUB", "BV", "PARTS", "BLOCK")
 """Constants that are sides of tiles: they name a configuration."""
 GATES = ("no gate", "head gates", "channel gates")
-FLAGS = ("REVERSE", "STORE", "END", "OUTPUT", "HAS_RESET", "HAS_VALID")
+FLAGS = ("REVERSE", "STORE", "END", "OUTPUT")
+MASKS = {"HAS_RESET", "HAS_VALID", "reset", "valid"}
+"""Kernels are listed with both masks; without them they do less."""
 COUNTS = {"G", "K", "V", "N", "KEY_BLOCKS", "PART", "PARTS"}
 """Constants that decide addresses and turns of loops; PARTS is also a side where a kernel holds all of K."""
 
@@ -68,12 +70,11 @@ class Recorder(Device):
         op: first word of the names.
         target: a name of TARGETS.
         processors: see :class:`Device`.
-        exact: whether a configuration of other widths and numbers of heads is another one.
     """
 
-    def __init__(self, op: str, target: str, processors: int = 1, exact: bool = False) -> None:
+    def __init__(self, op: str, target: str, processors: int = 1) -> None:
         super().__init__(target, processors)
-        self.op, self.exact = op, exact
+        self.op = op
         self.found: dict[str, Compilation] = {}
 
     def launch(
@@ -94,7 +95,7 @@ class Recorder(Device):
         signature = {name: _type(x) for name, x in given.items() if x is not None}
         fixed = {name: None for name, x in given.items() if x is None}
         fixed |= {name: x for name, x in constants.items() if name in kernel.arg_names}
-        name = f"{self.op}_{kernel.__name__}[{_label(signature, fixed, self.exact)}]"
+        name = f"{self.op}_{kernel.__name__}[{_label(signature, fixed)}]"
         wanted = Compilation(
             kernel=kernel,
             name=name,
@@ -116,27 +117,25 @@ def _type(x: Tensor | int | float) -> str:
     return "fp32" if isinstance(x, float) else "i32"
 
 
-def _label(signature: dict[str, str], constants: dict[str, Any], exact: bool) -> str:
+def _label(signature: dict[str, str], constants: dict[str, Any]) -> str:
     """Type of the first argument, sides of tiles, and the branches that the kernel takes."""
     words = [next(iter(signature.values()))[1:]]
     blocks = "KEY_BLOCKS" in constants  # then PARTS is a stride
     words += [f"{x}={constants[x]}" for x in SIDES if x in constants and not (blocks and x == "PARTS")]
     if "GATE" in constants:
         words.append(GATES[constants["GATE"]])
-    words += [x.lower().removeprefix("has_") for x in FLAGS if constants.get(x)]
+    words += [x.lower() for x in FLAGS if constants.get(x)]
     if "slots" in signature:
         words.append(signature["slots"][1:])
-    if exact:
-        words += [f"{x}={constants[x]}" for x in ("K", "V", "N") if x in constants]
-    elif constants.get("N", 1) > 1:
+    if constants.get("N", 1) > 1:
         words.append("N>1")
     return ",".join(words)
 
 
 def _what_decides(wanted: Compilation) -> tuple[Any, ...]:
-    """All but the sizes that decide addresses and turns, and the element types of what is stored."""
-    constants = {name: str(x) for name, x in wanted.constants.items() if name not in COUNTS}
-    return wanted.num_warps, wanted.num_stages, constants, set(wanted.signature)
+    """All but masks, the sizes that decide addresses and turns, and the element types of what is stored."""
+    constants = {name: str(x) for name, x in wanted.constants.items() if name not in COUNTS | MASKS}
+    return wanted.num_warps, wanted.num_stages, constants, set(wanted.signature) - MASKS
 
 
 @cache
@@ -171,8 +170,24 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return found
 
 
-WIDTHS = (64, 128, 256)
+LARGEST_KEY = 256
+WIDTHS = (64, 128, LARGEST_KEY)
 """Key channels, in whole tiles, that configurations are listed for; values come in multiples of the first."""
+
+
+def refused(what: str, k: Tensor, *others: Tensor | None) -> str | None:
+    """Why inputs with keys [.., K] are not for the Triton kernels, or None.
+
+    Args:
+        what: subject of the sentence, for example "Triton kernels".
+        k: keys.
+        others: the other inputs.
+    """
+    if any(x is not None and x.dtype == torch.float64 for x in (k, *others)):
+        return f"{what} compute in float32 and an input is float64; use auto or torch"
+    if k.shape[-1] > LARGEST_KEY:
+        return f"{what} hold up to {LARGEST_KEY} key channels, got {k.shape[-1]}; use auto or torch"
+    return None
 
 
 def whole_tiles(key_dim: int, value_dim: int) -> tuple[int, int]:
@@ -181,20 +196,8 @@ def whole_tiles(key_dim: int, value_dim: int) -> tuple[int, int]:
     return key, -(-value_dim // WIDTHS[0]) * WIDTHS[0]
 
 
-def listed_masks(
-    x: Tensor, dtype: torch.dtype, heads: int, reset: Tensor | None, valid: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The masks as configurations are listed: both, or none (bfloat16, one query head for each key head).
-
-    Args:
-        x: [B, T, ..].
-        dtype: of the inputs.
-        heads: query heads for each key head.
-        reset: bool [B, T] or None.
-        valid: bool [B, T] or None.
-    """
-    if reset is None and valid is None and dtype == torch.bfloat16 and heads == 1:
-        return None, None
+def both_masks(x: Tensor, reset: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Masks bool [B, T] for x [B, T, ..]: those given, else no resets, and all tokens valid."""
     shape = x.shape[:2]
     return (
         x.new_zeros(shape, dtype=torch.bool) if reset is None else reset,
@@ -207,17 +210,21 @@ def listed_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.bfloat16 if {x.dtype for x in tensors} == {torch.bfloat16} else torch.float32
 
 
+def copied(x: Tensor, dimension: int, copies: int) -> Tensor:
+    """Every entry of a dimension this many times in a row."""
+    return x if copies == 1 else x.repeat_interleave(copies, dimension)
+
+
 def widened(x: Tensor, *widths: int) -> Tensor:
     """The tensor with zeros added behind its last dimensions up to these widths."""
     missing = [want - have for want, have in zip(widths, x.shape[-len(widths) :], strict=True)]
     return pad(x, [n for width in reversed(missing) for n in (0, width)]) if any(missing) else x
 
 
-def listed(record: Callable[[Recorder], None], op: str, target: str, exact: bool = False) -> list[Compilation]:
-    """What ``record`` launches on a device that is filled by one row, and on one that needs segments."""
-    found: dict[str, Compilation] = {}
+def listed(record: Callable[[Recorder], None], op: str, target: str) -> list[Compilation]:
+    """What ``record`` launches on a device that one row fills, and on one that wants a text in segments."""
+    paper = Recorder(op, target)
     for processors in (1, 1 << 16):
-        paper = Recorder(op, target, processors, exact)
-        paper.found = found
+        paper.processors = processors
         record(paper)
-    return list(found.values())
+    return list(paper.found.values())

@@ -15,15 +15,17 @@ from spikelm.errors import KernelError
 from spikelm.kernels.gated_delta.triton_backward import gradients, reverse
 from spikelm.kernels.gated_delta.triton_forward import forward, inverse
 from spikelm.kernels.gated_delta.triton_tiles import tiles
-from spikelm.kernels.gla.triton_tiles import LARGEST_KEY, Tiles, levels, products
+from spikelm.kernels.gla.triton_tiles import Tiles, levels, products
 from spikelm.kernels.triton_launch import (
     Device,
+    both_masks,
     bytes_of,
     compact,
+    copied,
     device_of,
     listed_dtype,
-    listed_masks,
     on_device,
+    refused,
     whole_tiles,
     widened,
 )
@@ -31,11 +33,7 @@ from spikelm.kernels.triton_launch import (
 
 def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> str | None:
     """Why these inputs are not for the Triton kernels, or None."""
-    if torch.float64 in {x.dtype for x in (q, k, v, g, beta, state)}:
-        return "Triton kernels compute in float32 and an input is float64; use auto or torch"
-    if k.shape[-1] > LARGEST_KEY:
-        return f"Triton kernels hold up to {LARGEST_KEY} key channels, got {k.shape[-1]}; use auto or torch"
-    return None
+    return refused("Triton kernels", k, q, v, g, beta, state)
 
 
 class _Call:
@@ -345,19 +343,21 @@ def gated_delta_in_tiles(
 ) -> tuple[Tensor, Tensor]:
     """The op as its configurations are listed (triton_compilations.py), for any inputs.
 
-    q, k and v become bfloat16 or float32, the rest float32, K 64, 128 or 256, V a multiple of 64: channels that
-    are added hold zeros, and leave the others as they are.
+    q, k and v become bfloat16 or float32, the rest float32, K 64, 128 or 256, V a multiple of 64: channels
+    that are added hold zeros, and leave the others as they are. In float32 there are always both masks, and
+    the query heads of a key head get a copy of it and of its state each.
     """
-    heads, K, V = q.shape[2] // k.shape[2], *whole_tiles(k.shape[3], v.shape[3])
-    dtype = listed_dtype(q, k, v)
+    K, V = whole_tiles(k.shape[3], v.shape[3])
+    narrow = (dtype := listed_dtype(q, k, v)) == torch.bfloat16
+    copies = 1 if narrow else q.shape[2] // k.shape[2]
     o, last = gated_delta_forward(
         widened(q.to(dtype), K),
-        widened(k.to(dtype), K),
-        widened(v.to(dtype), V),
-        g.float(),
-        beta.float(),
-        widened(state.float(), K, V),
+        copied(widened(k.to(dtype), K), 2, copies),
+        copied(widened(v.to(dtype), V), 2, copies),
+        copied(g.float(), 2, copies),
+        copied(beta.float(), 2, copies),
+        copied(widened(state.float(), K, V), 1, copies),
         scale,
-        *listed_masks(q, dtype, heads, reset, valid),
+        *((reset, valid) if narrow else both_masks(q, reset, valid)),
     )
-    return o[..., : v.shape[3]].to(v.dtype), last[..., : k.shape[3], : v.shape[3]]
+    return o[..., : v.shape[3]].to(v.dtype), last[:, ::copies, : k.shape[3], : v.shape[3]]

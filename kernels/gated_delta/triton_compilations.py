@@ -1,10 +1,9 @@
-"""What the kernels of the gated delta rule ship: every launch of the op's calls, as triton_tiles.py cuts them.
+"""What the kernels of the gated delta rule ship: every launch of its calls, as triton_tiles.py cuts them.
 
-On a GPU :func:`spikelm.kernels.gated_delta.triton.gated_delta_in_tiles` brings every call to one of these; what is
-not listed, and why, is written in gla/triton_compilations.py.
+On a GPU ``gated_delta_in_tiles`` (triton.py) brings every call to one of these: bfloat16, or float32 with
+both masks and one query head for each key head; K of 64, 128 or 256, V a multiple of 64. What is covered
+without being listed is written in gla/triton_compilations.py.
 """
-
-import itertools
 
 import torch
 
@@ -13,7 +12,6 @@ from spikelm.kernels.gated_delta.triton import launch_backward, launch_forward
 from spikelm.kernels.gated_delta.triton_decode import launch_decode
 from spikelm.kernels.triton_launch import WIDTHS, Recorder, listed
 
-DTYPES = (torch.bfloat16, torch.float32)
 GROUPS, SHARED, STEPS = 16, 4, 4096  # key heads, query heads of each where several, tokens
 
 
@@ -23,13 +21,12 @@ def compilations(target: str) -> list[Compilation]:
 
 
 def _record(paper: Recorder) -> None:
-    for dtype, key_dim in itertools.product(DTYPES, reversed(WIDTHS)):
-        for heads in (1, SHARED):
-            record_call(paper, dtype, key_dim, WIDTHS[-1], heads, True)
-        if dtype == torch.bfloat16:
-            record_call(paper, dtype, key_dim, WIDTHS[-1], 1, False)
-    for dtype, key_dim in itertools.product((*DTYPES, torch.float16), WIDTHS):
-        record_decode(paper, dtype, key_dim, torch.int64)
+    for key_dim in reversed(WIDTHS):
+        record_call(paper, torch.bfloat16, key_dim, WIDTHS[-1], 1)
+        record_call(paper, torch.bfloat16, key_dim, WIDTHS[-1], SHARED)
+        record_call(paper, torch.float32, key_dim, WIDTHS[-1], 1)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        record_decode(paper, dtype, 128)
 
 
 def record_call(
@@ -38,7 +35,7 @@ def record_call(
     key_dim: int,
     value_dim: int,
     heads: int,
-    masked: bool,
+    masked: bool = True,
 ) -> None:
     """Launch forward and backward on paper, with this many query heads for each of the key heads."""
     tokens = torch.empty(1, STEPS, GROUPS, device="meta")
@@ -51,10 +48,10 @@ def record_call(
     launch_backward(paper, o, last, q, k, v, tokens, tokens, state, 1.0, *masks)
 
 
-def record_decode(paper: Recorder, dtype: torch.dtype, key_dim: int, slots: torch.dtype) -> None:
+def record_decode(paper: Recorder, dtype: torch.dtype, key_dim: int) -> None:
     """Launch a decode step on paper."""
     k = torch.empty(1, GROUPS, key_dim, dtype=dtype, device="meta")
     q = k.new_empty(1, GROUPS * SHARED, key_dim)
     tokens = k[..., 0].float()
     pool = k.new_empty(1, GROUPS, key_dim, key_dim, dtype=torch.float32)
-    launch_decode(paper, q, k, k, tokens, tokens, pool, k.new_empty(1, dtype=slots), 1.0)
+    launch_decode(paper, q, k, k, tokens, tokens, pool, k.new_empty(1, dtype=torch.int64), 1.0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spikelm.kernels.gla.triton_common import LOG2E
 from spikelm.kernels.gla.triton_tiles import decode_tiles
-from spikelm.kernels.triton_launch import Device, common_dtype, compact, device_of, on_device
+from spikelm.kernels.triton_launch import Device, common_dtype, compact, device_of, on_device, refused
 
 
 @triton.jit
@@ -54,6 +54,11 @@ def decode(
     else:
         for head in range(N):
             tl.store(o + head * V + a, tl.zeros([BV], dtype=tl.float32).to(o.dtype.element_ty), mask=wanted)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, pool: Tensor) -> str | None:
+    """Why these inputs are not for the Triton kernel, or None."""
+    return refused("decode steps of gated_delta in Triton", k, q, v, pool)
 
 
 @torch.library.custom_op("spikelm::gated_delta_decode_triton", mutates_args=("pool",))

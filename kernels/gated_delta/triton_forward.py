@@ -155,7 +155,7 @@ def forward(
         if OUTPUT:
             gates = head_gates(g, reset, valid, first, G, left, C, 1, HAS_RESET, HAS_VALID)
             between = scale * head_decays(gates, C)
-            if BK > 128 and DOT == tl.float32:
+            if BK > 128 and tl.float32 == DOT:
                 tl.debug_barrier()  # nothing below is loaded earlier: registers are short
             for head in range(N):
                 queries = tile(

@@ -1,4 +1,4 @@
-"""How the kernels of the gated delta rule are cut: a plain function of kernel, architecture, width, precision."""
+"""How the kernels of the gated delta rule are cut: by kernel, architecture, width and precision."""
 
 from spikelm.kernels.gla.triton_tiles import Tiles, power_of_2
 
@@ -21,11 +21,14 @@ def tiles(kernel: str, target: str, key_dim: int, value_dim: int, wide: bool) ->
         return Tiles(chunk=chunk, values=16, keys=min(key_block, 64), warps=4, stages=1)
     if kernel == "gradients":
         side = 16 if small else 32
-        return Tiles(chunk=chunk, values=min(value_block, side), keys=min(key_block, side), warps=8, stages=1)
+        warps = 4 if chunk == 16 and not small and not wide else 8
+        return Tiles(
+            chunk=chunk, values=min(value_block, side), keys=min(key_block, side), warps=warps, stages=1
+        )
     if key_block <= 64 and not wide:
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=key_block, warps=4, stages=1)
     # Columns enough for the products to take their operands from shared memory, not from copies per warp.
     values = min(value_block, 16 if wide or small else 64)
-    if kernel == "reverse" and key_block > 128:
+    if key_block > 128:
         values = min(values, 32)
     return Tiles(chunk=chunk, values=values, keys=key_block, warps=8, stages=1)

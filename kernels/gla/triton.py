@@ -3,9 +3,9 @@
 The kernels are in triton_forward.py, triton_sweep.py, triton_strong.py, triton_backward.py, triton_values.py
 and triton_decode.py; how they divide the work is written there, how they are cut in triton_tiles.py. The
 forward pass keeps nothing but its inputs; the backward pass forms the states before each chunk again. Inputs
-in bfloat16 are multiplied in bfloat16, others in full float32 (float16 lacks the range that gates need); states
-and sums are float32 always. The same inputs give the same bits: no atomics, and the order of every sum is
-fixed.
+in bfloat16 are multiplied in bfloat16, others in full float32 (float16 lacks the range that gates need);
+states and sums are float32 always. The same inputs give the same bits: no atomics, and the order of every sum
+is fixed.
 """
 
 from typing import Any
@@ -15,180 +15,28 @@ from torch import Tensor
 
 from spikelm.errors import KernelError
 from spikelm.kernels.gla.triton_backward import keys as backward_keys
+from spikelm.kernels.gla.triton_call import Call
 from spikelm.kernels.gla.triton_forward import forward
 from spikelm.kernels.gla.triton_strong import strong_backward, strong_forward
-from spikelm.kernels.gla.triton_sweep import combine, sweep
-from spikelm.kernels.gla.triton_tiles import (
-    CHANNEL,
-    HEAD,
-    LARGEST_KEY,
-    Tiles,
-    gate_kind,
-    levels,
-    parts,
-    products,
-    tiles,
-)
+from spikelm.kernels.gla.triton_tiles import CHANNEL, HEAD, gate_kind, parts
 from spikelm.kernels.gla.triton_values import values as backward_values
 from spikelm.kernels.triton_launch import (
     Device,
-    bytes_of,
+    both_masks,
     compact,
+    copied,
     device_of,
     listed_dtype,
-    listed_masks,
     on_device,
+    refused,
     whole_tiles,
     widened,
 )
 
-COMBINE_BLOCK = 1024
-SHORTEST_SEGMENT = 4  # chunks; shorter ones cost more in states than they gain in programs
-
-
-def segment_count(programs: int, chunks: int, processors: int) -> int:
-    """Segments of a text for which there is work for every processor; 1 where there is anyway."""
-    if 4 * programs >= 3 * processors:
-        return 1
-    return max(1, min(-(-processors // programs), chunks // SHORTEST_SEGMENT))
-
 
 def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> str | None:
     """Why these inputs are not for the Triton kernels, or None."""
-    if any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g, state)):
-        return "Triton kernels compute in float32 and an input is float64; use auto or torch"
-    if k.shape[-1] > LARGEST_KEY:
-        return f"Triton kernels hold up to {LARGEST_KEY} key channels, got {k.shape[-1]}; use auto or torch"
-    return None
-
-
-class _Call:
-    """The inputs of one call and what its launches share."""
-
-    def __init__(
-        self,
-        device: Device,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        scale: float,
-        reset: Tensor | None,
-        valid: Tensor | None,
-    ) -> None:
-        self.device, self.scale = device, scale
-        self.q, self.k, self.v = (compact(x) for x in (q, k, v))
-        self.g = None if g is None else compact(g)
-        self.masks = (bytes_of(reset), bytes_of(valid))
-        self.how = products((q, k, v))
-        self.batch, self.steps, self.groups, self.key_dim = k.shape
-        self.heads, self.value_dim = q.shape[2] // self.groups, v.shape[3]
-        self.gate = gate_kind(g, self.key_dim)
-
-    def tiles(self, kernel: str) -> Tiles:
-        return tiles(kernel, self.device.target, self.key_dim, self.value_dim, self.how.wide, self.gate)
-
-    def plan(self, kernel: str) -> tuple[Tiles, int, int, int]:
-        """Tiles, blocks of V, segments, chunks of each segment."""
-        cut = self.tiles(kernel)
-        blocks = -(-self.value_dim // cut.values)
-        chunks = -(-self.steps // cut.chunk)
-        segments = segment_count(self.batch * self.groups * blocks, chunks, self.device.processors)
-        each = -(-chunks // segments)
-        return cut, blocks, -(-chunks // each), each
-
-    def launch(self, kernel: Any, cut: Tiles, grid: tuple[int, int, int], *arguments: Any, **more: Any) -> None:
-        """Start a kernel on a grid over (blocks or chunks, rows and heads, segments or parts)."""
-        reset, valid = self.masks
-        constants = {
-            "G": self.groups,
-            "K": self.key_dim,
-            "V": self.value_dim,
-            "N": self.heads,
-            "C": cut.chunk,
-            "BK": cut.keys,
-            "BV": cut.values,
-            "GATE": self.gate,
-            "HAS_RESET": reset is not None,
-            "HAS_VALID": valid is not None,
-            "DOT": self.how.triton,
-            "PRECISION": "ieee",
-            **more,
-        }
-        self.device.launch(kernel, grid, arguments, constants, cut.warps, cut.stages)
-
-    def scratch(self, cut: Tiles) -> tuple[Tensor | None, Tensor | None]:
-        """Room for the weights of strong chunks (written for those alone) and for which they are."""
-        if self.gate < CHANNEL:
-            return None, None
-        chunks, pieces = -(-self.steps // cut.chunk), parts(cut, self.key_dim)
-        pairs = self.batch * self.groups
-        weights = self.room(pairs, self.heads, chunks, pieces, cut.chunk, cut.chunk)
-        return weights, self.q.new_empty(pairs, chunks, pieces, dtype=torch.uint8)
-
-    def room(self, *shape: int) -> Tensor:
-        """Uninitialised memory in the element type of products."""
-        return self.q.new_empty(*shape, dtype=self.how.dtype)
-
-    def strong(self, kernel: Any, cut: Tiles, *arguments: Any) -> None:
-        """Start a kernel for strong chunks of these tiles."""
-        own = self.tiles("strong")
-        grid = (-(-self.steps // cut.chunk), self.batch * self.groups, parts(cut, self.key_dim))
-        sides = {"C": cut.chunk, "BK": cut.keys, "SUB": own.keys, "LEVELS": levels(cut.chunk)}
-        self.launch(kernel, own, grid, *arguments, self.scale, self.steps, BOUND=self.how.bound, **sides)
-
-    def sweep(
-        self,
-        rows: Tensor,
-        keys: Tensor,
-        starts: Tensor | None,
-        states: Tensor | None,
-        ends: Tensor | None,
-        decays: Tensor | None,
-        chunk: int,
-        segments: int,
-        each: int,
-        reverse: bool,
-    ) -> None:
-        cut = self.tiles("sweep")
-        key_blocks = -(-self.key_dim // cut.keys)
-        self.launch(
-            sweep,
-            cut,
-            (key_blocks * -(-self.value_dim // cut.values), self.batch * self.groups, segments),
-            rows,
-            keys,
-            self.g,
-            *self.masks,
-            starts,
-            states,
-            ends,
-            decays,
-            self.scale if reverse else 1.0,
-            self.steps,
-            each,
-            N=self.heads if reverse else 1,
-            C=chunk,
-            KEY_BLOCKS=key_blocks,
-            REVERSE=reverse,
-            STORE=states is not None,
-            END=ends is not None,
-        )
-
-    def starts(
-        self, rows: Tensor, keys: Tensor, first: Tensor, chunk: int, segments: int, each: int, reverse: bool
-    ) -> Tensor:
-        """States before each segment [B, G, segments, K, V] (in reverse: gradients of those after it)."""
-        if segments == 1:
-            return first
-        ends = first.new_empty(self.batch, self.groups, segments, self.key_dim, self.value_dim)
-        decays = first.new_ones(self.batch, self.groups, segments, self.key_dim)
-        starts = torch.empty_like(ends)
-        self.sweep(rows, keys, None, None, ends, decays, chunk, segments, each, reverse)
-        grid = (-(-self.key_dim * self.value_dim // COMBINE_BLOCK), self.batch * self.groups)
-        sizes = {"K": self.key_dim, "V": self.value_dim, "REVERSE": reverse, "BLOCK": COMBINE_BLOCK}
-        self.device.launch(combine, grid, (ends, decays, first, starts, segments), sizes, 4, 1)
-        return starts
+    return refused("Triton kernels", k, q, v, g, state)
 
 
 @torch.library.custom_op("spikelm::gla_triton", mutates_args=())
@@ -222,7 +70,7 @@ def launch_forward(
     if o.numel() == 0:
         return o, state.to(torch.float32, copy=True)
     state = compact(state.float())
-    call = _Call(device, q, k, v, g, scale, reset, valid)
+    call = Call(device, q, k, v, g, scale, reset, valid)
     cut, blocks, segments, each = call.plan("forward")
     last = torch.empty_like(state)
     with on_device(q):
@@ -280,9 +128,7 @@ def gla_backward(
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g (empty without gates) and the incoming state, each in its tensor's dtype."""
-    return launch_backward(
-        device_of(q.device), grad_o, grad_last, q, k, v, g, state, scale, reset, valid
-    )
+    return launch_backward(device_of(q.device), grad_o, grad_last, q, k, v, g, state, scale, reset, valid)
 
 
 def launch_backward(
@@ -305,7 +151,7 @@ def launch_backward(
     if not (q.numel() and v.numel()):
         dg = no_gate if g is None else torch.zeros_like(g)
         return torch.zeros_like(q), torch.zeros_like(k), dv, dg, grad_last.clone()
-    call = _Call(device, q, k, v, g, scale, reset, valid)
+    call = Call(device, q, k, v, g, scale, reset, valid)
     grad_o, grad_last = compact(grad_o), compact(grad_last)
     cut, blocks, segments, each = call.plan("keys")
     cut_values = call.tiles("values")
@@ -454,19 +300,23 @@ def gla_in_tiles(
 ) -> tuple[Tensor, Tensor]:
     """The op as its configurations are listed (triton_compilations.py), for any inputs.
 
-    q, k and v become bfloat16 or float32, gates float32, K 64, 128 or 256, V a multiple of 64: channels that are
-    added hold zeros, and leave the others as they are. Where there is no gate it is zero for every head.
+    q, k and v become bfloat16 or float32, gates float32, K 64, 128 or 256, V a multiple of 64: channels that
+    are added hold zeros, and leave the others as they are. Where there is no gate it is zero for every head.
+    In float32 there are always both masks. In float32, and with gates per head, the query heads of a key head
+    get a copy of it and of its state each.
     """
     heads, K, V = q.shape[2] // k.shape[2], *whole_tiles(k.shape[3], v.shape[3])
     dtype, kind = listed_dtype(q, k, v), gate_kind(g, k.shape[3])
     g = k.new_zeros(*k.shape[:3], 1, dtype=torch.float32) if g is None else g.float()
+    copies = 1 if dtype == torch.bfloat16 and kind == CHANNEL else heads
+    masks = (reset, valid) if dtype == torch.bfloat16 else both_masks(q, reset, valid)
     o, last = gla_forward(
         widened(q.to(dtype), K),
-        widened(k.to(dtype), K),
-        widened(v.to(dtype), V),
-        widened(g, K) if kind == CHANNEL else g,
-        widened(state.float(), K, V),
+        copied(widened(k.to(dtype), K), 2, copies),
+        copied(widened(v.to(dtype), V), 2, copies),
+        copied(widened(g, K) if kind == CHANNEL else g, 2, copies),
+        copied(widened(state.float(), K, V), 1, copies),
         scale,
-        *listed_masks(q, dtype, heads, reset, valid),
+        *masks,
     )
-    return o[..., : v.shape[3]].to(v.dtype), last[..., : k.shape[3], : v.shape[3]]
+    return o[..., : v.shape[3]].to(v.dtype), last[:, ::copies, : k.shape[3], : v.shape[3]]

@@ -1,14 +1,17 @@
 """What the GLA kernels ship: every launch of the op's calls, as triton_tiles.py cuts them.
 
-On a GPU :func:`spikelm.kernels.gla.triton.gla_in_tiles` brings every call to one of these: bfloat16 or float32, K
-of 64, 128 or 256, V a multiple of 64, gates per head or per channel in float32, both masks or (bfloat16, one
-query head for each key head) none. Not listed, because only addresses and turns of loops change:
+On a GPU ``gla_in_tiles`` (triton.py) brings every call to one of these: bfloat16, or float32 with both
+masks; K of 64, 128 or 256, V a multiple of 64, gates per head or per channel in float32; with several query heads for
+a key head bfloat16 and gates per channel. ``tests/kernels/triton/test_listed.py`` shows that no call launches
+anything else. All are listed with both masks and V = 256. Others are covered, as only less is done, or
+addresses and turns of loops change:
 
-- other V than 256, whose blocks are more or fewer programs; at 64 columns the gradients of q, k and g are
-  stored in the inputs' dtype instead of float32;
+- bfloat16 without masks, or with one of the two, leaves loads and selections out;
+- other V has more or fewer blocks, hence programs; at 64 columns the gradients of q, k and g are stored in
+  the inputs' dtype instead of float32;
 - K where the tiles are those of a wider one;
 - more query heads for a key head than four, and other numbers of key heads;
-- slots of int32, and decode steps of narrower states than their block.
+- slots of int32, and decode steps of other widths, whose programs hold 4096 numbers of state all the same.
 
 ``tests/kernels/triton/test_ahead.py`` compiles a sample of those (marked slow).
 """
@@ -23,7 +26,6 @@ from spikelm.kernels.gla.triton_decode import launch_decode
 from spikelm.kernels.gla.triton_tiles import CHANNEL, HEAD, NONE
 from spikelm.kernels.triton_launch import WIDTHS, Recorder, listed
 
-DTYPES = (torch.bfloat16, torch.float32)
 GROUPS, SHARED, STEPS = 16, 4, 4096  # key heads, query heads of each where several, tokens
 
 
@@ -33,13 +35,15 @@ def compilations(target: str) -> list[Compilation]:
 
 
 def _record(paper: Recorder) -> None:
-    for dtype, key_dim, gate in itertools.product(DTYPES, reversed(WIDTHS), (HEAD, CHANNEL)):
-        for heads in (1, SHARED):
-            record_call(paper, dtype, key_dim, WIDTHS[-1], gate, heads, True)
-        if dtype == torch.bfloat16:
-            record_call(paper, dtype, key_dim, WIDTHS[-1], gate, 1, False)
-    for dtype, key_dim, gate in itertools.product((*DTYPES, torch.float16), WIDTHS, (NONE, HEAD, CHANNEL)):
-        record_decode(paper, dtype, key_dim, gate, torch.int64)
+    for key_dim, gate in itertools.product(reversed(WIDTHS), (HEAD, CHANNEL)):
+        record_call(paper, torch.bfloat16, key_dim, WIDTHS[-1], gate, 1)
+        record_call(paper, torch.float32, key_dim, WIDTHS[-1], gate, 1)
+        if gate == CHANNEL:
+            record_call(paper, torch.bfloat16, key_dim, WIDTHS[-1], gate, SHARED)
+    for dtype, gate in itertools.product(
+        (torch.bfloat16, torch.float32, torch.float16), (NONE, HEAD, CHANNEL)
+    ):
+        record_decode(paper, dtype, 128, gate)
 
 
 def record_call(
@@ -49,7 +53,7 @@ def record_call(
     value_dim: int,
     gate: int,
     heads: int,
-    masked: bool,
+    masked: bool = True,
 ) -> None:
     """Launch forward and backward on paper, with this many query heads for each of the key heads."""
     tokens = torch.empty(1, STEPS, GROUPS, device="meta")
@@ -63,10 +67,10 @@ def record_call(
     launch_backward(paper, o, last, q, k, v, g, state, 1.0, *masks)
 
 
-def record_decode(paper: Recorder, dtype: torch.dtype, key_dim: int, gate: int, slots: torch.dtype) -> None:
+def record_decode(paper: Recorder, dtype: torch.dtype, key_dim: int, gate: int) -> None:
     """Launch a decode step on paper."""
     k = torch.empty(1, GROUPS, key_dim, dtype=dtype, device="meta")
     q = k.new_empty(1, GROUPS * SHARED, key_dim)
     g = {NONE: None, HEAD: k[..., :1].float(), CHANNEL: k.float()}[gate]
     pool = k.new_empty(1, GROUPS, key_dim, key_dim, dtype=torch.float32)
-    launch_decode(paper, q, k, k, g, pool, k.new_empty(1, dtype=slots), 1.0)
+    launch_decode(paper, q, k, k, g, pool, k.new_empty(1, dtype=torch.int64), 1.0)

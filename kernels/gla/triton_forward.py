@@ -53,7 +53,7 @@ def _part(
     Returns these, the keys decayed to the chunk's end [C, BK] and the decay of the state over the chunk.
     """
     i = tl.arange(0, C)
-    if DOT == tl.float32:
+    if tl.float32 == DOT:
         tl.debug_barrier()  # nothing below is loaded earlier: full products take most registers
     keys = tile(k + first * G * K, G * K, K, left, column, kept, C, BK, HAS_VALID)
     queries = tile(q + first * G * N * K, G * N * K, K, left, column, kept, C, BK, HAS_VALID)

@@ -1,8 +1,8 @@
 """States alone, without outputs: what the backward pass reads, and where the segments of a text begin.
 
-``sweep`` carries a block of the state over the chunks of a segment, forward or in reverse; it stores the states
-before the chunks, or what the segment leaves. ``combine`` chains what the segments leave to the states at their
-starts.
+``sweep`` carries a block of the state over the chunks of a segment, forward or in reverse; it stores the
+states before the chunks, or what the segment leaves. ``combine`` chains what the segments leave to the states
+at their starts.
 """
 
 import triton

@@ -43,7 +43,7 @@ def _values_part(
     head (``leading``), what the keys give to ``to_values`` [BV, C].
     """
     i = tl.arange(0, C)
-    if DOT == tl.float32:
+    if tl.float32 == DOT:
         tl.debug_barrier()  # nothing below is loaded earlier: full products take most registers
     loaded = tile(k + first * G * K, G * K, K, left, column, kept, C, BK, HAS_VALID)
     queries = tile(q + first * G * N * K, G * N * K, K, left, column, kept, C, BK, HAS_VALID)
