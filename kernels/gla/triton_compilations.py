@@ -1,10 +1,10 @@
 """What the GLA kernels ship: every launch of the op's calls, as triton_tiles.py cuts them.
 
-On a GPU ``gla_in_tiles`` (triton.py) brings every call to one of these: bfloat16, or float32 with both
-masks; K of 64, 128 or 256, V a multiple of 64, gates per head or per channel in float32; with several query heads for
-a key head bfloat16 and gates per channel. ``tests/kernels/triton/test_listed.py`` shows that no call launches
-anything else. All are listed with both masks and V = 256. Others are covered, as only less is done, or
-addresses and turns of loops change:
+On a GPU ``gla_in_tiles`` (triton.py) brings every call to one of these: bfloat16, or float32 with both masks;
+K of 64, 128 or 256; V a multiple of 64; gates per head or per channel in float32; several query heads for a
+key head in bfloat16 with gates per channel alone. ``tests/kernels/triton/test_listed.py`` shows that no call
+launches anything else. All are listed with both masks and V = 256. Others are covered, as only less is done,
+or addresses and turns of loops change:
 
 - bfloat16 without masks, or with one of the two, leaves loads and selections out;
 - other V has more or fewer blocks, hence programs; at 64 columns the gradients of q, k and g are stored in
