@@ -21,14 +21,13 @@ from torch import Tensor
 
 from spikelm.config import FORMAT_VERSION, ModelConfig
 from spikelm.errors import CheckpointError, nearest
+from spikelm.firing import take_firing, write_firing
 from spikelm.model import SpikeLM
 
 if TYPE_CHECKING:
     from spikelm.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FIRING = "firing.json"
-"""Path of a projection -> silent share of its input counts, where that was measured."""
 PREFIX = "model."
 """What transformers puts before the core's parameter names."""
 
@@ -148,8 +147,7 @@ def save_checkpoint(
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)
         if tokenizer is not None:
             tokenizer.save(temporary)
-        if model.firing:
-            (temporary / FIRING).write_text(json.dumps(model.firing, indent=2) + "\n", encoding="utf-8")
+        write_firing(model, temporary)
         for name, data in (extra or {}).items():
             (temporary / name).write_bytes(data)
         sync_folder(temporary)
@@ -261,30 +259,8 @@ def load_model(
         weights[name] = value.to(device=device, dtype=wanted)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    model.firing = read_firing(folder)
+    take_firing(model, resolve_folder(folder))
     return model.eval()
-
-
-def read_firing(folder: str | Path) -> dict[str, float]:
-    """Path of a projection -> measured silent share of its input counts; empty where none was measured.
-
-    Raises:
-        CheckpointError: a file that holds something else.
-    """
-    path = resolve_folder(folder) / FIRING
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); restore the file, or remove it") from error
-    items = values.items() if isinstance(values, dict) else [(path.name, values)]
-    for name, value in items:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise CheckpointError(
-                f"{path}: {name} is {value!r}; expected the silent share of a projection, from 0 to 1"
-            )
-    return {str(name): float(value) for name, value in items}
 
 
 def check_weights(

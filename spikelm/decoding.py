@@ -6,23 +6,28 @@ a pool of slots, and a batch is a list of slots. See docs/decoding.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import byref
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from spikelm import state as states
+from spikelm.block import lower_fire
 from spikelm.errors import KernelError, PlanError
 from spikelm.kernels.memory import Arena, aligned
-from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
+from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, fields
+from spikelm.kernels.plan.observation import NUMBERS, Observation
+from spikelm.kernels.plan.overrides import check_overrides
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
+from spikelm.meter import Meter
 from spikelm.model import SpikeLM
-from spikelm.projection import Projection
+from spikelm.plan_weights import move_weights, pack_weights
 from spikelm.recurrence import Part
 from spikelm.state import State
-from spikelm.weights import Int8Linear, pack_model
+from spikelm.weights import Int8Linear
 
 _PROBLEMS = (
     "",
@@ -89,7 +94,7 @@ class DecodePlan:
     def _allocate(self, builder: Builder, state_bytes: int) -> None:
         records, limits, width = builder.finish()
         self._projections, self._kept = builder.projections, builder.kept
-        self._refusals = builder.refusals
+        self._refusals, self._observations = builder.refusals, builder.observations
         slots, workspaces = self.slots, 2 if builder.gathers else 1
         arena = Arena(aligned(slots * state_bytes) + aligned(4 * workspaces * slots * width))
         self.pool = arena.tensor((slots, state_bytes), torch.uint8)
@@ -187,6 +192,28 @@ class DecodePlan:
         """Begin counting again."""
         self._statistics.zero_()
 
+    @contextmanager
+    def metered(self, meter: Meter | None) -> Iterator[None]:
+        """Count for a meter what the steps inside the block do; it is told when the block ends.
+
+        Its figures are those of the model's own steps. Counting is one more pass over every input.
+
+        Args:
+            meter: to be told; None counts nothing. Rasters and subclasses of the meter want the model.
+        """
+        if meter is None:
+            yield
+            return
+        for seen in self._observations:
+            seen.clear()
+        self._plan.observing = 1
+        try:
+            yield
+        finally:
+            self._plan.observing = 0
+            for seen in self._observations:
+                _tell(meter, seen)
+
     def stale(self, model: SpikeLM) -> bool:
         """Whether the model's weights were changed or moved since the plan was built."""
         return _weights(model) != self._weights
@@ -234,48 +261,19 @@ class DecodePlan:
         return views
 
 
-_moved: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
-"""Where the parameters of a model are, for models whose parameters have been moved."""
-
-
-def move_weights(model: nn.Module) -> None:
-    """Put the float32 parameters of a model into one allocation of huge pages; they stay the same objects.
-
-    Left where they are: parameters that share their memory with something else (flat buffers of a distributed
-    optimiser, other processes, other parameters).
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32]
-    places = [parameter.data_ptr() for parameter in parameters]
-    if _moved.get(model) == tuple(places):
-        return
-    own = [
-        parameter
-        for parameter in parameters
-        if parameter.untyped_storage().nbytes() == 4 * parameter.numel()
-        and not parameter.is_shared()
-        and places.count(parameter.data_ptr()) == 1
-    ]
-    arena = Arena(sum(aligned(4 * parameter.numel()) for parameter in own))
-    for parameter in own:
-        home = arena.tensor(tuple(parameter.shape), torch.float32)
-        home.copy_(parameter.data)
-        parameter.data = home
-    _moved[model] = tuple(parameter.data_ptr() for parameter in parameters)
-
-
-def pack_weights(model: nn.Module) -> None:
-    """Pack the int8 matrices of a model that are not packed yet; see :func:`spikelm.weights.pack_model`."""
-    counted = [
-        module.linear
-        for module in model.modules()
-        if isinstance(module, Projection) and isinstance(module.linear, Int8Linear) and module.neuron.spiking
-    ]
-    waiting = [linear for linear in counted if linear.packed is None]
-    if waiting and len(waiting) == len(counted):
-        pack_model(model)
-        return
-    for linear in waiting:
-        linear.pack_()
+def _tell(meter: Meter, seen: Observation) -> None:
+    """Add what was counted to a meter; nothing where no token came by (an expert that nobody chose)."""
+    numbers = dict(zip(NUMBERS, seen.numbers.tolist(), strict=True))
+    if numbers["tokens"]:
+        meter.add(
+            seen.path,
+            spiking=seen.spiking,
+            in_features=seen.in_features,
+            out_features=seen.out_features,
+            magnitude=float(seen.magnitude),
+            fired=seen.fired.clone(),
+            **numbers,
+        )
 
 
 def _check_model(model: SpikeLM) -> None:
@@ -300,7 +298,7 @@ def _lower(model: SpikeLM, plan: Builder, state: Fields) -> None:
     D = model.config.hidden_size
     x = plan.register(D)
     plan.record("embed", x, D, p=(model.embedding.weight,))
-    x = plan.child(model.embedding_neuron, x, state["embedding"])
+    x = lower_fire(plan, model.embedding_neuron, x, state["embedding"])
     if model.embedding_norm is not None:
         x = plan.norm(model.embedding_norm, x)
     for layer, block in enumerate(model.blocks):
