@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from spikelm.kernels import ahead
-from spikelm.kernels.triton_excluded import PROVISIONAL
 
 pytest.importorskip("triton")
 
@@ -37,16 +36,18 @@ def same_triton(table: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("module", ahead.modules())
 def test_every_configuration_is_in_the_table(module: str, table: dict[str, Any]) -> None:
     """For every target, made from the sources as they are now."""
-    if module.split(".")[2] in PROVISIONAL:
-        pytest.skip(f"auto does not take it: {PROVISIONAL[module.split('.')[2]]}")
+    if not ahead.shipped(module):
+        pytest.skip("auto takes it on no device")
     entry = table["modules"].get(module)
     assert entry is not None, f"{module} is not in the table{AGAIN}"
     assert entry["source"] == ahead.source_hash(module), f"{module} has changed{AGAIN}"
-    for target in ahead.TARGETS:
+    for target in ahead.shipped(module):
         names = [wanted.name for wanted in ahead.compilations(module, target)]
         assert names and len(names) == len(set(names)), f"{module} lists a name twice for {target}: {names}"
         listed = {name for name, taken in entry["kernels"].items() if target in taken}
         assert listed == set(names), f"{module}, {target}: {sorted(listed ^ set(names))} differ{AGAIN}"
+    found = {target for taken in entry["kernels"].values() for target in taken}
+    assert found == set(ahead.shipped(module))
 
 
 def test_the_hash_covers_what_a_module_imports() -> None:
@@ -98,7 +99,7 @@ def test_a_change_of_any_file_changes_the_hash(
 
 
 def test_no_module_is_left_over(table: dict[str, Any]) -> None:
-    shipped = [module for module in ahead.modules() if module.split(".")[2] not in PROVISIONAL]
+    shipped = [module for module in ahead.modules() if ahead.shipped(module)]
     assert sorted(table["modules"]) == shipped, AGAIN
 
 
