@@ -48,8 +48,9 @@ class ChunkedOp:
         valid: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """Output [B, T, H, V], last state [B, G, K, V], with ``keep`` states [B, G, chunks, K, V], and
-        whether a gate was met that is none.
+        """Output [B, T, H, V], last state [B, G, K, V], with ``keep`` states [B, G, chunks, K, V], a flag.
+
+        The flag tells whether a gate was met that is none.
         """
         given = [None if x is None else x.contiguous() for x in inputs]
         state = state.contiguous()

@@ -66,8 +66,8 @@ class DecodePlan:
         """Lower the model, allocate the pool and put every slot into the initial state."""
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise PlanError(f"slots is {slots!r}; expected a whole number of at least 1")
-        self.threads = torch.get_num_threads() if threads is None else threads
-        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
+        self._threads = torch.get_num_threads() if threads is None else threads
+        if isinstance(self._threads, bool) or not isinstance(self._threads, int) or self._threads < 1:
             raise PlanError(f"threads is {threads!r}; expected a whole number of at least 1")
         try:
             self._library = library()
@@ -83,7 +83,7 @@ class DecodePlan:
             initial = states.detach(model.init_state(1, max_len=max_len))
             self._template = initial
             state_fields, state_bytes = _layout(initial)
-            builder = Builder(slots=slots, threads=self.threads)
+            builder = Builder(slots=slots, threads=self._threads)
             _lower(model, builder, state_fields)
             self._fields = {value.name: value for value in _leaves(state_fields)}
             self._weights = _weights(model)
@@ -144,13 +144,18 @@ class DecodePlan:
             tokens.data_ptr(),
             None if slots is None else slots.data_ptr(),
             self._logits.data_ptr(),
-            self.threads,
+            self._threads,
         )
         if problem == _FULL:
             self._refusals[int(self._rows[0, 1])]()
         if problem:
             raise PlanError(self._sentence(problem, tokens, slots))
         return self._logits[:batch]
+
+    @property
+    def threads(self) -> int:
+        """Threads inside projections; fixed, because memory is reserved for so many."""
+        return self._threads
 
     def write(self, slot: int, state: State) -> None:
         """Put a state of one sequence (batch 1, as the model returns it) into a slot.

@@ -111,9 +111,9 @@ def check(seed: int) -> set[int]:
         order = chosen.sample(range(fuzz.slots), chosen.randint(1, fuzz.slots))
         slots = [slot if chosen.random() < 0.8 else -1 for slot in order]
         tokens = [chosen.randrange(VOCABULARY) for _ in slots]
-        problem, logits = together.step(tokens, slots, chosen.choice([1, 2]))
+        problem, logits = together.step(tokens, slots, chosen.randint(1, fuzz.plan.threads))
         assert problem in (FINE, FULL), problem
-        again, same = apart.step(tokens, slots, chosen.choice([1, 2]))
+        again, same = apart.step(tokens, slots, chosen.randint(1, fuzz.plan.threads))
         assert problem == again
         if problem == FULL:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def test_no_sanitizer_complains(sanitized: dict[str, str]) -> None:
     files = [str(HERE / name) for name in ("test_rwkv.py", "test_plan.py", "test_sanitizers.py")]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-m", "not slow", "-k", "not hundred and not random_records"]
-    run(command, sanitized, 1500)
+    command += ["-n", "2"] if importlib.util.find_spec("xdist") else []
+    run(command, sanitized, 1800)
     (built,) = Path(sanitized["SPIKELM_CACHE"]).glob("plan-*.so")
     assert b"__asan_init" in built.read_bytes()
 
