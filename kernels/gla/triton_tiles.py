@@ -59,9 +59,11 @@ def tiles(kernel: str, target: str, key_dim: int, value_dim: int, wide: bool, ga
         return Tiles(chunk=chunk, values=values, keys=keys, warps=warps, stages=1)
     area = 64 * 64 if small else 128 * 128
     values = max(16, min(value_block, area // key_block))
+    warps = 8 if key_block * values > 64 * 64 or key_block > 128 else 4
     if target == "sm_100" and key_block > 128:
         values = min(values, 32)
-    warps = 8 if key_block * values > 64 * 64 or key_block > 128 else 4
+        # With gates per head the decays of all pairs [C, C] are alive too; four warps spill nothing.
+        warps = 8 if gate == CHANNEL else 4
     return Tiles(chunk=chunk, values=values, keys=keys, warps=warps, stages=1)
 
 
