@@ -47,13 +47,15 @@ def tiles(kernel: str, target: str, key_dim: int, value_dim: int, wide: bool, ga
         return Tiles(chunk=chunk, values=value_block, keys=min(key_block, 64), warps=4, stages=2)
     keys = key_block // 2 if key_block > 64 else key_block
     if kernel == "strong":
-        return Tiles(chunk=chunk, values=min(value_block, 32), keys=16, warps=8, stages=1)
+        values = min(value_block, 16 if target == "sm_80" and key_block > 128 else 32)
+        return Tiles(chunk=chunk, values=values, keys=16, warps=8, stages=1)
     if kernel == "keys":
         values = min(value_block, 32 if small else 64)
         keys = 16 if key_block > 128 or small else min(key_block, 32)
         return Tiles(chunk=chunk, values=values, keys=keys, warps=8, stages=1)
     if kernel == "values":
-        values = min(value_block, 64 if keys < 128 else 16)
+        few = keys >= 128 or (target == "sm_80" and key_block > 64 and gate == CHANNEL)
+        values = min(value_block, 16 if few else 64)
         # Four of gfx942's wavefronts have twice the registers of eight.
         warps = 4 if target == "gfx942" and key_block > 64 else 8
         return Tiles(chunk=chunk, values=values, keys=keys, warps=warps, stages=1)
