@@ -53,6 +53,10 @@ COMMANDS: dict[str, Command] = {
         target="spikelm.cli.evaluate:evaluate",
         summary="Measure a checkpoint: bits per byte, perplexity, spike rates.",
     ),
+    "energy": Command(
+        target="spikelm.cli.energy:energy",
+        summary="Count what a token costs: operations, bytes, estimated energy, measured time.",
+    ),
     "generate": Command(
         target="spikelm.cli.generate:generate", summary="Let a checkpoint continue a prompt."
     ),
