@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spikelm.config import FORMAT_VERSION, ModelConfig
 from spikelm.errors import CheckpointError, nearest
-from spikelm.firing import take_firing, write_firing
+from spikelm.firing import firing_file, take_firing
 from spikelm.model import SpikeLM
 
 if TYPE_CHECKING:
@@ -132,30 +132,55 @@ def save_checkpoint(
     Raises:
         CheckpointError: if the disk refuses (full, read-only); an older folder is then left as it was.
     """
-    target = Path(folder)
-    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     weights = {PREFIX + name: value.contiguous() for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop(f"{PREFIX}head.linear.weight", None)
+    content = config_json(model.config, model.embedding.weight.dtype)
+    files = {**firing_file(model), **(extra or {})}
+    return write_whole(folder, "checkpoint", content, weights, tokenizer, files)
+
+
+def write_whole(
+    folder: str | Path,
+    kind: str,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    extra: Mapping[str, bytes],
+) -> Path:
+    """Write a folder in the Hugging Face layout whole, replacing an older one.
+
+    Args:
+        folder: where to.
+        kind: what to call it in an error.
+        config: content of config.json.
+        weights: under the names of the file.
+        tokenizer: written beside, if given.
+        extra: more files, name -> content.
+
+    Raises:
+        CheckpointError: if the disk refuses (full, read-only); an older folder is then left as it was.
+    """
+    target = Path(folder)
+    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        content = config_json(model.config, model.embedding.weight.dtype)
-        (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+        save_file(dict(weights), temporary / WEIGHTS, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; the mode of the others is the user's choice.
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)
         if tokenizer is not None:
             tokenizer.save(temporary)
-        write_firing(model, temporary)
-        for name, data in (extra or {}).items():
+        for name, data in extra.items():
             (temporary / name).write_bytes(data)
         sync_folder(temporary)
         replace_folder(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write the checkpoint {target}: {error}; free space or choose another folder"
+            f"cannot write the {kind} {target}: {error}; free space or choose another folder"
         ) from error
     except KeyboardInterrupt:
         shutil.rmtree(temporary, ignore_errors=True)

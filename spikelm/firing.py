@@ -62,10 +62,14 @@ def take_firing(model: SpikeLM, folder: str | Path) -> None:
     model.firing = firing
 
 
+def firing_file(model: SpikeLM) -> dict[str, bytes]:
+    """The file's name -> its content; nothing where nothing was measured."""
+    return {FIRING: (json.dumps(model.firing, indent=2) + "\n").encode()} if model.firing else {}
+
+
 def write_firing(model: SpikeLM, folder: str | Path) -> None:
     """Write what a model knows of its inputs beside its weights; no file is left where that is nothing."""
     path = Path(folder) / FIRING
-    if model.firing:
-        path.write_text(json.dumps(model.firing, indent=2) + "\n", encoding="utf-8")
-    else:
-        path.unlink(missing_ok=True)  # that of another model, whose folder is written over
+    path.unlink(missing_ok=True)  # may be that of another model, whose folder is written over
+    for content in firing_file(model).values():
+        path.write_bytes(content)
