@@ -21,10 +21,9 @@ def tiles(kernel: str, target: str, key_dim: int, value_dim: int, wide: bool) ->
         return Tiles(chunk=chunk, values=16, keys=min(key_block, 64), warps=4, stages=1)
     if kernel == "gradients":
         side = 16 if small else 32
+        keys = min(key_block, 16 if chunk == 64 else side)  # more would spill with several query heads
         warps = 4 if chunk == 16 and not small and not wide else 8
-        return Tiles(
-            chunk=chunk, values=min(value_block, side), keys=min(key_block, side), warps=warps, stages=1
-        )
+        return Tiles(chunk=chunk, values=min(value_block, side), keys=keys, warps=warps, stages=1)
     if key_block <= 64 and not wide:
         return Tiles(chunk=chunk, values=min(value_block, 32), keys=key_block, warps=4, stages=1)
     # Columns enough for the products to take their operands from shared memory, not from copies per warp.

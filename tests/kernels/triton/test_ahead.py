@@ -217,8 +217,9 @@ from spikelm.kernels.triton_launch import Recorder
 half, full = torch.bfloat16, torch.float32
 calls = [
     (gla, half, 64, 64, CHANNEL, 1, False), (gla, half, 128, 128, CHANNEL, 7, True),
-    (gla, half, 64, 64, HEAD, 2, True), (gla, full, 64, 64, HEAD, 1, True),
-    (delta, half, 64, 64, 1), (delta, half, 128, 128, 7), (delta, full, 64, 64, 1),
+    (gla, half, 64, 64, HEAD, 1, False), (gla, full, 64, 64, HEAD, 1, True),
+    (delta, half, 64, 64, 1, False), (delta, half, 64, 256, 7),
+    (delta, half, 128, 128, 7), (delta, full, 64, 64, 1),
 ]
 for record, *call in calls:
     paper = Recorder(record.__module__.split(".")[2], "sm_90")
