@@ -47,7 +47,8 @@ def tiles(kernel: str, target: str, key_dim: int, value_dim: int, wide: bool, ga
         return Tiles(chunk=chunk, values=value_block, keys=min(key_block, 64), warps=4, stages=2)
     keys = key_block // 2 if key_block > 64 else key_block
     if kernel == "strong":
-        values = min(value_block, 16 if target == "sm_80" else 32)
+        few = chunk == 32 and target in ("sm_80", "sm_100")  # more would spill with several query heads
+        values = min(value_block, 16 if few else 32)
         return Tiles(chunk=chunk, values=values, keys=16, warps=8, stages=1)
     if kernel == "keys":
         values = min(value_block, 32 if small else 64)
