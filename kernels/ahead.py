@@ -101,6 +101,12 @@ def modules() -> list[str]:
     return found
 
 
+def shipped(module: str) -> list[str]:
+    """The targets on which ``auto`` takes a module's op."""
+    provisional = PROVISIONAL.get(module.split(".")[2], ())
+    return [target for target in TARGETS if target not in provisional]
+
+
 def source_hash(module: str) -> str:
     """Hash of what decides a module's table: its file and the Triton sources that it imports, theirs too."""
     digest = hashlib.sha256()
@@ -120,8 +126,11 @@ def _sources(module: str) -> list[Path]:
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spikelm.kernels"):
+            if isinstance(node, ast.ImportFrom):
                 waiting += [str(node.module), *(f"{node.module}.{name.name}" for name in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [name.name for name in node.names]
+        waiting = [name for name in waiting if name.startswith("spikelm.kernels.")]
     return sorted(found)
 
 
@@ -198,7 +207,7 @@ def table(
 
     Args:
         targets: which to compile for.
-        only: ops whose modules are compiled; empty for all but the provisional ones.
+        only: ops whose modules are compiled; empty for all, but on targets where an op is provisional.
         known: an older table; modules whose sources and Triton are those of it are taken over.
         jobs: processes that compile.
         after: called with what there is after each module.
@@ -211,16 +220,18 @@ def table(
     result: dict[str, Any] = {"triton": triton.__version__, "modules": {}}
     with _pool(jobs) as run:
         for module in modules():
-            op = module.split(".")[2]
-            if op not in only if only else op in PROVISIONAL:
+            if only and module.split(".")[2] not in only:
                 continue
-            if known is not None and not stale(known, module, targets):
+            here = [target for target in targets if only or target in shipped(module)]
+            if not here:
+                continue
+            if known is not None and not stale(known, module, here):
                 result["modules"][module] = known["modules"][module]
                 continue
             entry: dict[str, Any] = {"source": source_hash(module), "kernels": {}}
             wanted = [
                 (module, target, compilation.name)
-                for target in targets
+                for target in here
                 for compilation in compilations(module, target)
             ]
             for (_, target, name), taken in zip(wanted, run(_compile_named, wanted), strict=True):

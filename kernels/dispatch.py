@@ -29,7 +29,7 @@ import torch
 
 from spikelm.errors import KernelError, nearest
 from spikelm.kernels import compile as compiler
-from spikelm.kernels.triton_excluded import PROVISIONAL, why_excluded
+from spikelm.kernels.triton_excluded import why_excluded, why_provisional
 
 AUTO = "auto"
 BACKENDS = ("reference", "torch", "c", "triton")
@@ -126,7 +126,7 @@ def _choose(op: str, device: torch.device, **configuration: object) -> str:
         raise KernelError(nearest("kernel op", op, OPS))
     wanted = backend()
     if wanted == AUTO:
-        chosen = _automatic(op, device.type)
+        chosen = _automatic(op, device)
         if chosen == "triton" and (why := why_excluded(op, device, _named(configuration))) is not None:
             _warn_excluded(op, why)
             return "torch"
@@ -171,12 +171,13 @@ def _known(name: str) -> str:
     return name
 
 
-def _automatic(op: str, device_type: str) -> str:
+def _automatic(op: str, device: torch.device) -> str:
+    device_type = device.type
     fast = _FAST.get(device_type)
     if fast is None or fast not in OPS[op]:
         chosen, reason = "torch", f"no {device_type} kernel of it exists"
-    elif fast == "triton" and op in PROVISIONAL:
-        chosen, reason = "torch", f"its Triton form is provisional: {PROVISIONAL[op]}"
+    elif fast == "triton" and (why := why_provisional(op, device)) is not None:
+        chosen, reason = "torch", f"its Triton form is {why}"
     else:
         problem = _problem(op, fast, device_type)
         if problem is not None:

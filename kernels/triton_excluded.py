@@ -42,14 +42,22 @@ class Excluded:
 
 EXCLUDED: tuple[Excluded, ...] = ()
 
-PROVISIONAL: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(
-        ("gated_delta", "gla"),
-        "not all of its configurations were compiled ahead of time, and some of those that were spill more "
-        "than 64 bytes; use_backend('triton') runs it",
+PROVISIONAL: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+"""Op -> architectures for which not all of its configurations have been compiled ahead of time.
+
+``auto`` does not take its Triton form there yet; asked for by name it runs.
+"""
+
+
+def why_provisional(op: str, device: torch.device) -> str | None:
+    """The reason why ``auto`` does not take an op's Triton form on a device yet, or None."""
+    targets = PROVISIONAL.get(op, ())
+    if not targets or (target := target_of(device)) not in targets:
+        return None
+    return (
+        f"provisional on {target}, for which not all of its configurations were compiled ahead of time; "
+        "use_backend('triton') runs it"
     )
-)
-"""Op -> why ``auto`` does not take its Triton form on any device yet; asked for by name it runs."""
 
 
 def why_excluded(op: str, device: torch.device, configuration: Mapping[str, object]) -> str | None:

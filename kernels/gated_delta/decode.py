@@ -52,16 +52,14 @@ def gated_delta_decode(
     dtype = str(q.dtype).removeprefix("torch.")
     name = choose("gated_delta", q.device, kernel="decode", dtype=dtype, K=q.shape[2])
     if name == "triton":
-        wide = torch.float64 in {x.dtype for x in (q, k, v, pool)}
-        if not wide:
-            from spikelm.kernels.gated_delta import triton_decode
+        from spikelm.kernels.gated_delta import triton_decode
 
+        problem = triton_decode.check(q, k, v, pool)
+        if problem is None:
             out: Tensor = triton_decode.gated_delta_decode(q, k, v, g, beta, pool, slots, scale)
             return out
         if backend() != AUTO:
-            raise KernelError(
-                "gated_delta_decode in Triton computes in float32 and an input is float64; use auto or torch"
-            )
+            raise KernelError(problem)
     out = step_in_pool(q, k, v, g, beta, pool, slots, scale)
     return out
 

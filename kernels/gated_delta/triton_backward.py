@@ -11,10 +11,18 @@ import triton
 import triton.language as tl
 
 from spikelm.kernels.gated_delta.triton_forward import strengths
-from spikelm.kernels.gla.triton_common import factors, head_decays, head_gates, mask_row, store_tile, tile
+from spikelm.kernels.gla.triton_common import (
+    factors,
+    head_decays,
+    head_gates,
+    mask_row,
+    over_keys,
+    store_tile,
+    tile,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def reverse(
     grad_o,
     q,
@@ -78,7 +86,7 @@ def reverse(
         strength = strengths(beta, valid, first, left, G, C, HAS_VALID)[:, None]
         store_tile(slopes + (pair * chunks + chunk) * K * V, slope, V, V, K, column, BK, BV)
         entering = (keys.to(tl.float32) * until).to(DOT)
-        to_written = tl.dot(entering, slope.to(DOT), input_precision=PRECISION)
+        to_written = over_keys(entering, slope.to(DOT), C, BK, BV, PRECISION)
         slope = slope * tl.exp2(total)[:, None]
         for head in range(N):
             queries = tile(
@@ -95,7 +103,7 @@ def reverse(
                 BV,
                 HAS_VALID,
             ).to(DOT)
-            product = tl.dot(keys.to(DOT), tl.trans(queries.to(DOT)), input_precision=PRECISION) * between
+            product = over_keys(keys.to(DOT), tl.trans(queries.to(DOT)), C, BK, C, PRECISION) * between
             to_written = tl.dot(product.to(DOT), grads, acc=to_written, input_precision=PRECISION)
             carried = (queries.to(tl.float32) * (scale * since)).to(DOT)
             slope = tl.dot(tl.trans(carried), grads, acc=slope, input_precision=PRECISION)
@@ -108,7 +116,7 @@ def reverse(
     store_tile(grad_first + pair * K * V, slope, V, V, K, column, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def gradients(
     grad_o,
     q,

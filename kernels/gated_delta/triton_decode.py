@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikelm.kernels.gla.triton import on_device
 from spikelm.kernels.gla.triton_common import LOG2E
-from spikelm.kernels.gla.triton_decode import decode_tiles
+from spikelm.kernels.gla.triton_tiles import decode_tiles
+from spikelm.kernels.triton_launch import Device, common_dtype, compact, device_of, on_device, refused
 
 
 @triton.jit
@@ -56,38 +56,53 @@ def decode(
             tl.store(o + head * V + a, tl.zeros([BV], dtype=tl.float32).to(o.dtype.element_ty), mask=wanted)
 
 
+def check(q: Tensor, k: Tensor, v: Tensor, pool: Tensor) -> str | None:
+    """Why these inputs are not for the Triton kernel, or None."""
+    return refused("decode steps of gated_delta in Triton", k, q, v, pool)
+
+
 @torch.library.custom_op("spikelm::gated_delta_decode_triton", mutates_args=("pool",))
 def gated_delta_decode(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, pool: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """o [B, H, V] in v's dtype; shapes as in the op."""
-    q, k, v, g, beta, slots = (x.contiguous() for x in (q, k, v, g, beta, slots))
+    return launch_decode(device_of(q.device), q, k, v, g, beta, pool, slots, scale)
+
+
+def launch_decode(
+    device: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
+    """The kernel on a device, or on paper; inputs of one dtype, g and beta in float32, as it is listed."""
+    dtype, kind = common_dtype(q, k, v), v.dtype
+    q, k, v = (compact(x.to(dtype)) for x in (q, k, v))
+    g, beta = compact(g.float()), compact(beta.float())
     batch, groups, key_dim = k.shape
     value_dim = v.shape[2]
     o = v.new_empty(batch, q.shape[1], value_dim)
     if o.numel() == 0:
-        return o
+        return o.to(kind)
     block, columns, warps = decode_tiles(key_dim)
+    constants = {
+        "G": groups,
+        "K": key_dim,
+        "V": value_dim,
+        "N": q.shape[1] // groups,
+        "BK": block,
+        "BV": columns,
+    }
     with on_device(q):
-        decode[(-(-value_dim // columns), batch * groups)](
-            q,
-            k,
-            v,
-            g,
-            beta,
-            pool,
-            slots,
-            o,
-            scale,
-            G=groups,
-            K=key_dim,
-            V=value_dim,
-            N=q.shape[1] // groups,
-            BK=block,
-            BV=columns,
-            num_warps=warps,
-        )
-    return o
+        grid = (-(-value_dim // columns), batch * groups)
+        arguments = (q, k, v, g, beta, pool, compact(slots), o, scale)
+        device.launch(decode, grid, arguments, constants, warps, 1)
+    return o.to(kind)
 
 
 @gated_delta_decode.register_fake

@@ -16,6 +16,7 @@ from spikelm.kernels.gla.triton_common import (
     head_decays,
     head_gates,
     mask_row,
+    over_keys,
     pairs,
     store_tile,
     tile,
@@ -32,7 +33,7 @@ def strengths(beta, valid, first, left, G: tl.constexpr, C: tl.constexpr, HAS_VA
     return tl.load(beta + first * G + i * G, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def inverse(
     k,
     g,
@@ -82,7 +83,7 @@ def inverse(
     tl.store(to + i[:, None] * C + i[None, :], found.to(solved.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward(
     q,
     k,
@@ -148,18 +149,20 @@ def forward(
         if not OUTPUT:
             to = states + (pair * chunks + chunk) * K * V
             store_tile(to, state, V, V, K, column, BK, BV)
-        known = tl.dot(keys.to(DOT), low, input_precision=PRECISION)
+        known = over_keys(keys.to(DOT), low, C, BK, BV, PRECISION)
         fresh = strength[:, None] * (values - since * known)
         fresh = tl.dot(inverted, fresh.to(DOT), input_precision=PRECISION).to(DOT)
         if OUTPUT:
             gates = head_gates(g, reset, valid, first, G, left, C, 1, HAS_RESET, HAS_VALID)
             between = scale * head_decays(gates, C)
+            if BK > 128 and tl.float32 == DOT:
+                tl.debug_barrier()  # nothing below is loaded earlier: registers are short
             for head in range(N):
                 queries = tile(
                     q + (own + first * G) * N * K + head * K, G * N * K, K, left, 0, kept, C, BK, HAS_VALID
                 ).to(DOT)
-                product = tl.dot(queries, tl.trans(keys.to(DOT)), input_precision=PRECISION) * between
-                out = tl.dot(queries, low, input_precision=PRECISION) * (scale * since)
+                product = over_keys(queries, tl.trans(keys.to(DOT)), C, BK, C, PRECISION) * between
+                out = over_keys(queries, low, C, BK, BV, PRECISION) * (scale * since)
                 out = tl.dot(product.to(DOT), fresh, acc=out, input_precision=PRECISION)
                 if HAS_VALID:
                     out = tl.where(kept[:, None], out, 0.0)

@@ -41,16 +41,14 @@ def gla_decode(
     check_slots("gla_decode", q, pool, slots, (*k.shape[1:], v.shape[2]))
     name = choose("gla", q.device, kernel="decode", dtype=str(q.dtype).removeprefix("torch."), K=q.shape[2])
     if name == "triton":
-        wide = torch.float64 in {x.dtype for x in (q, k, v, pool)}
-        if not wide:
-            from spikelm.kernels.gla import triton_decode
+        from spikelm.kernels.gla import triton_decode
 
+        problem = triton_decode.check(q, k, v, pool)
+        if problem is None:
             out: Tensor = triton_decode.gla_decode(q, k, v, g, pool, slots, scale)
             return out
         if backend() != AUTO:
-            raise KernelError(
-                "gla_decode in Triton computes in float32 and an input is float64; use auto or torch"
-            )
+            raise KernelError(problem)
     out = step_in_pool(q, k, v, g, pool, slots, scale)
     return out
 

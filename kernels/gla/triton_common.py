@@ -187,3 +187,18 @@ def factors(
     since = tl.exp2(tl.cumsum(gates, axis=0))
     until = tl.exp2(tl.cumsum(after, axis=0, reverse=True))
     return since, until, tl.sum(gates, axis=0)
+
+
+@triton.jit
+def over_keys(a, b, M: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """a [M, BK] times b [BK, N], summed over key channels.
+
+    Full float32 products keep whole rows of both operands in each thread's registers, and products of few
+    rows a copy in every warp: there channels are multiplied in blocks of 32, which are added up then.
+    """
+    if BK > 128 or (BK > 32 and a.dtype == tl.float32):
+        left = tl.permute(tl.reshape(a, [M, BK // 32, 32]), [1, 0, 2])
+        right = tl.reshape(b, [BK // 32, 32, N])
+        return tl.sum(tl.dot(left, right, input_precision=PRECISION), axis=0)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spikelm.kernels.gla.triton_common import LOG2E
+from spikelm.kernels.gla.triton_tiles import decode_tiles, gate_kind
+from spikelm.kernels.triton_launch import Device, common_dtype, compact, device_of, on_device, refused
 
 
 @triton.jit
@@ -56,10 +58,9 @@ def decode(
             tl.store(o + head * V + a, tl.zeros([BV], dtype=tl.float32).to(o.dtype.element_ty), mask=wanted)
 
 
-def decode_tiles(key_dim: int) -> tuple[int, int, int]:
-    """Channels of K, columns of V, and warps of a program, which holds 16 KB of state."""
-    block = max(16, 1 << (key_dim - 1).bit_length())
-    return block, max(16, 4096 // block), 4
+def check(q: Tensor, k: Tensor, v: Tensor, pool: Tensor) -> str | None:
+    """Why these inputs are not for the Triton kernel, or None."""
+    return refused("decode steps of gla in Triton", k, q, v, pool)
 
 
 @torch.library.custom_op("spikelm::gla_decode_triton", mutates_args=("pool",))
@@ -67,36 +68,42 @@ def gla_decode(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, pool: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """o [B, H, V] in v's dtype; shapes as in the op."""
-    from spikelm.kernels.gla.triton import gate_kind, on_device
+    return launch_decode(device_of(q.device), q, k, v, g, pool, slots, scale)
 
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    g = None if g is None else g.contiguous()
+
+def launch_decode(
+    device: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    pool: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
+    """The kernel on a device, or on paper; inputs of one dtype and gates in float32, as it is listed."""
+    dtype, kind = common_dtype(q, k, v), v.dtype
+    q, k, v = (compact(x.to(dtype)) for x in (q, k, v))
+    g = None if g is None else compact(g.float())
     batch, groups, key_dim = k.shape
     value_dim = v.shape[2]
     o = v.new_empty(batch, q.shape[1], value_dim)
     if o.numel() == 0:
-        return o
+        return o.to(kind)
     block, columns, warps = decode_tiles(key_dim)
+    constants = {
+        "G": groups,
+        "K": key_dim,
+        "V": value_dim,
+        "N": q.shape[1] // groups,
+        "BK": block,
+        "BV": columns,
+        "GATE": gate_kind(g, key_dim),
+    }
     with on_device(q):
-        decode[(-(-value_dim // columns), batch * groups)](
-            q,
-            k,
-            v,
-            g,
-            pool,
-            slots.contiguous(),
-            o,
-            scale,
-            G=groups,
-            K=key_dim,
-            V=value_dim,
-            N=q.shape[1] // groups,
-            BK=block,
-            BV=columns,
-            GATE=gate_kind(g, key_dim),
-            num_warps=warps,
-        )
-    return o
+        grid = (-(-value_dim // columns), batch * groups)
+        device.launch(decode, grid, (q, k, v, g, pool, compact(slots), o, scale), constants, warps, 1)
+    return o.to(kind)
 
 
 @gla_decode.register_fake

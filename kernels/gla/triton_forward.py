@@ -1,8 +1,8 @@
-"""GLA kernels that go forward in time, and the sweep over states that the two-pass forms share.
+"""The GLA kernel that gives the outputs.
 
 A program holds one state (or a block of its columns) in float32 registers and walks the chunks of a segment
-of the text. A text is one segment where heads and rows fill the device; else it is cut into several,
-``sweep`` and ``combine`` first find the state at the start of each (two passes).
+of the text. A text is one segment where heads and rows fill the device; else it is cut into several, and
+triton_sweep.py first finds the state at the start of each (two passes).
 """
 
 import triton
@@ -13,6 +13,7 @@ from spikelm.kernels.gla.triton_common import (
     head_decays,
     head_gates,
     mask_row,
+    over_keys,
     store_tile,
     tile,
 )
@@ -40,6 +41,7 @@ def _part(
     N: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
+    BV: tl.constexpr,
     GATE: tl.constexpr,
     HAS_RESET: tl.constexpr,
     HAS_VALID: tl.constexpr,
@@ -51,6 +53,8 @@ def _part(
     Returns these, the keys decayed to the chunk's end [C, BK] and the decay of the state over the chunk.
     """
     i = tl.arange(0, C)
+    if tl.float32 == DOT:
+        tl.debug_barrier()  # nothing below is loaded earlier: full products take most registers
     keys = tile(k + first * G * K, G * K, K, left, column, kept, C, BK, HAS_VALID)
     queries = tile(q + first * G * N * K, G * N * K, K, left, column, kept, C, BK, HAS_VALID)
     since, until, total = factors(
@@ -58,21 +62,21 @@ def _part(
     )
     carried = (queries.to(tl.float32) * scale * since).to(DOT)
     entering = keys.to(tl.float32) * until
-    out = tl.dot(carried, state.to(DOT), acc=out, input_precision=PRECISION)
+    out += over_keys(carried, state.to(DOT), C, BK, BV, PRECISION)
     if GATE == 2:
         if tl.load(flag) != 0:
             more = tl.load(weights + i[:, None] * C + i[None, :]).to(tl.float32)
         else:
             near = (entering * tl.exp2(-total)[None, :]).to(DOT)
-            more = tl.dot(carried, tl.trans(near), input_precision=PRECISION)
+            more = over_keys(carried, tl.trans(near), C, BK, C, PRECISION)
             more = tl.where(i[:, None] >= i[None, :], more, 0.0)
         product += more
     else:
-        product = tl.dot(queries.to(DOT), tl.trans(keys.to(DOT)), acc=product, input_precision=PRECISION)
+        product += over_keys(queries.to(DOT), tl.trans(keys.to(DOT)), C, BK, C, PRECISION)
     return out, product, entering.to(DOT), tl.exp2(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunks"])
 def forward(
     q,
     k,
@@ -170,6 +174,7 @@ def forward(
                 N,
                 C,
                 BK,
+                BV,
                 GATE,
                 HAS_RESET,
                 HAS_VALID,
@@ -206,6 +211,7 @@ def forward(
                     N,
                     C,
                     BK,
+                    BV,
                     GATE,
                     HAS_RESET,
                     HAS_VALID,
@@ -313,135 +319,3 @@ def _entered(
     entering = (keys.to(tl.float32) * until).to(DOT)
     state = state * tl.exp2(total)[:, None]
     return tl.dot(tl.trans(entering), values, acc=state, input_precision=PRECISION)
-
-
-@triton.jit
-def sweep(
-    rows,
-    keys,
-    g,
-    reset,
-    valid,
-    starts,
-    states,
-    ends,
-    decays,
-    scale,
-    T,
-    chunks,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    KEY_BLOCKS: tl.constexpr,
-    GATE: tl.constexpr,
-    HAS_RESET: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    REVERSE: tl.constexpr,
-    STORE: tl.constexpr,
-    END: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A state (transposed, [V, K]) carried over the chunks of a segment, without outputs.
-
-    Forward, ``rows`` are v [B, T, G, V] and ``keys`` k [B, T, G, K] (N = 1). In reverse they are the
-    gradient of o [B, T, G N, V] and q [B, T, G N, K], and the state is the gradient of the state. Grid:
-    (blocks of K times blocks of V, B G, segments). ``starts`` [B, G, segments, K, V] may be None for zeros.
-    With STORE the state before each chunk goes to ``states`` [B G, chunks, V, K]; with END what the segment
-    leaves goes to ``ends`` [B, G, segments, K, V] and its decay to ``decays`` [B, G, segments, K].
-    """
-    row_column = tl.program_id(0) // KEY_BLOCKS * BV
-    key_column = tl.program_id(0) % KEY_BLOCKS * BK
-    pair = tl.program_id(1).to(tl.int64)
-    segment, segments = tl.program_id(2), tl.num_programs(2)
-    wide = pair * 0  # int64, so that offsets of long texts do not overflow
-    row, group = pair // G, pair % G
-    token = row * T
-    keys += (token * G + group) * N * K
-    rows += (token * G + group) * N * V
-    if GATE == 1:
-        g += token * G + group
-    if GATE == 2:
-        g += (token * G + group) * K
-    if HAS_RESET:
-        reset += token
-    if HAS_VALID:
-        valid += token
-    i = tl.arange(0, C)
-    a = row_column + tl.arange(0, BV)
-    c = key_column + tl.arange(0, BK)
-    mask = (a < V)[:, None] & (c < K)[None, :]
-    all_chunks = tl.cdiv(T, C)
-    place = (pair * segments + segment) * K * V + c[None, :] * V + a[:, None]
-    if starts is None:
-        state = tl.zeros([BV, BK], dtype=tl.float32)
-    else:
-        state = tl.load(starts + place, mask=mask, other=0.0)
-    lowest, highest = segment * chunks, min((segment + 1) * chunks, all_chunks)
-    passed = tl.zeros([BK], dtype=tl.float32)
-
-    for step in range(lowest, highest):
-        chunk = step
-        if REVERSE:
-            chunk = lowest + highest - 1 - step
-        first = wide + chunk * C
-        left = T - first
-        if STORE:
-            to = states + (pair * all_chunks + chunk) * K * V + a[:, None] * K + c[None, :]
-            tl.store(to, state.to(states.dtype.element_ty), mask=mask)
-        kept = i < left
-        if HAS_VALID:
-            kept = mask_row(valid + first, left, C)
-        since, until, total = factors(
-            g, reset, valid, first, left, key_column, G, K, C, BK, GATE, HAS_RESET, HAS_VALID
-        )
-        passed += total
-        state = state * tl.exp2(total)[None, :]
-        for head in range(N):
-            x = tile(
-                keys + first * G * N * K + head * K, G * N * K, K, left, key_column, kept, C, BK, HAS_VALID
-            )
-            y = tile(
-                rows + first * G * N * V + head * V, G * N * V, V, left, row_column, kept, C, BV, HAS_VALID
-            )
-            x = x.to(tl.float32) * scale * (since if REVERSE else until)
-            state = tl.dot(tl.trans(y.to(DOT)), x.to(DOT), acc=state, input_precision=PRECISION)
-
-    if END:
-        tl.store(ends + place, state, mask=mask)
-        if tl.program_id(0) // KEY_BLOCKS == 0:
-            tl.store(decays + (pair * segments + segment) * K + c, tl.exp2(passed), mask=c < K)
-
-
-@triton.jit
-def combine(
-    ends,
-    decays,
-    first,
-    starts,
-    segments,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """States before each segment [B, G, segments, K, V], of what each leaves and how much it lets through.
-
-    ``first`` [B, G, K, V] is the state before the first segment (in REVERSE, the gradient after the last).
-    """
-    pair = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < K * V
-    state = tl.load(first + pair * K * V + e, mask=mask, other=0.0)
-    for step in range(segments):
-        segment = step
-        if REVERSE:
-            segment = segments - 1 - step
-        at = pair * segments + segment
-        tl.store(starts + at * K * V + e, state, mask=mask)
-        decay = tl.load(decays + at * K + e // V, mask=mask, other=0.0)
-        state = state * decay + tl.load(ends + at * K * V + e, mask=mask, other=0.0)

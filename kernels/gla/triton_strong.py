@@ -21,7 +21,7 @@ from spikelm.kernels.gla.triton_common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def strong_forward(
     q,
     k,
@@ -102,7 +102,7 @@ def strong_forward(
             tl.store(to + i[:, None] * C + i[None, :], found.to(weights.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def strong_backward(
     grad_o,
     q,

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from spikelm.errors import KernelError
+from spikelm.kernels import triton_excluded
 from spikelm.kernels.dispatch import BACKENDS, OPS, available, backend, choose, use_backend
 from spikelm.kernels.lif import lif
-from spikelm.kernels.triton_excluded import PROVISIONAL
+from spikelm.kernels.triton_targets import TARGETS
 from spikelm.kernels.wkv4 import initial_state, wkv4
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -74,15 +75,31 @@ def test_triton_is_refused_in_a_clear_sentence(op: str, monkeypatch: pytest.Monk
             choose(op, device)
 
 
-def test_auto_takes_triton_for_cuda_tensors() -> None:
+def test_auto_takes_triton_for_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """(No CUDA device is needed to choose.)"""
     pytest.importorskip("triton")
-    for op, forms in OPS.items():
-        fast = "triton" in forms and op not in PROVISIONAL
-        assert choose(op, torch.device("cuda")) == ("triton" if fast else "torch")
-    for op in PROVISIONAL:  # by name it runs
+    for target in TARGETS:
+        monkeypatch.setattr(triton_excluded, "target_of", lambda device, target=target: target)
+        for op, forms in OPS.items():
+            fast = "triton" in forms and target not in triton_excluded.PROVISIONAL.get(op, ())
+            assert choose(op, torch.device("cuda")) == ("triton" if fast else "torch")
+            if "triton" in forms:  # by name it runs
+                with use_backend("triton"):
+                    assert choose(op, torch.device("cuda")) == "triton"
+
+
+def test_auto_waits_for_what_was_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_excluded, "PROVISIONAL", {"lif": ("sm_80",)})
+    for target, expected in (("sm_80", "torch"), ("sm_90", "triton")):
+        monkeypatch.setattr(triton_excluded, "target_of", lambda device, target=target: target)
+        assert choose("lif", torch.device("cuda")) == expected
         with use_backend("triton"):
-            assert choose(op, torch.device("cuda")) == "triton"
+            assert choose("lif", torch.device("cuda")) == "triton"
+    monkeypatch.setattr(triton_excluded, "target_of", lambda device: "sm_80")
+    why = triton_excluded.why_provisional("lif", torch.device("cuda"))
+    assert why is not None and why.startswith("provisional on sm_80, for which not all")
+    assert triton_excluded.why_provisional("wkv4", torch.device("cuda")) is None
 
 
 def test_c_is_refused_off_the_cpu() -> None:

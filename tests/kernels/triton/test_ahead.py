@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from spikelm.kernels import ahead
-from spikelm.kernels.triton_excluded import PROVISIONAL
 
 pytest.importorskip("triton")
 
@@ -37,16 +36,18 @@ def same_triton(table: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("module", ahead.modules())
 def test_every_configuration_is_in_the_table(module: str, table: dict[str, Any]) -> None:
     """For every target, made from the sources as they are now."""
-    if module.split(".")[2] in PROVISIONAL:
-        pytest.skip(f"auto does not take it: {PROVISIONAL[module.split('.')[2]]}")
+    if not ahead.shipped(module):
+        pytest.skip("auto takes it on no device")
     entry = table["modules"].get(module)
     assert entry is not None, f"{module} is not in the table{AGAIN}"
     assert entry["source"] == ahead.source_hash(module), f"{module} has changed{AGAIN}"
-    for target in ahead.TARGETS:
+    for target in ahead.shipped(module):
         names = [wanted.name for wanted in ahead.compilations(module, target)]
         assert names and len(names) == len(set(names)), f"{module} lists a name twice for {target}: {names}"
         listed = {name for name, taken in entry["kernels"].items() if target in taken}
         assert listed == set(names), f"{module}, {target}: {sorted(listed ^ set(names))} differ{AGAIN}"
+    found = {target for taken in entry["kernels"].values() for target in taken}
+    assert found == set(ahead.shipped(module))
 
 
 def test_the_hash_covers_what_a_module_imports() -> None:
@@ -56,8 +57,49 @@ def test_the_hash_covers_what_a_module_imports() -> None:
     assert names == ["event_linear/triton.py", "int8_linear/triton_events.py", "triton_targets.py"]
 
 
+GATED = ("spikelm.kernels.gated_delta.triton_compilations", "spikelm.kernels.gla.triton_compilations")
+"""Modules whose kernels lie in many files."""
+
+
+@pytest.mark.parametrize("module", GATED)
+def test_the_hash_covers_every_file_that_importing_reads(module: str) -> None:
+    """What a fresh process has imported is what the hash reads."""
+    program = (
+        "import importlib, sys; from pathlib import Path; importlib.import_module(sys.argv[1]); "
+        "print(*(x.__file__ for x in list(sys.modules.values()) if getattr(x, '__file__', None)), sep='\\n')"
+    )
+    loaded = {Path(line).resolve() for line in compiled(program, module).splitlines()}
+    ours = {
+        path for path in loaded if ahead.FOLDER.resolve() in path.parents and path.name.startswith("triton")
+    }
+    # The dispatcher imports it for every op; it decides nothing of a kernel.
+    ours.discard((ahead.FOLDER / "triton_excluded.py").resolve())
+    assert {path.resolve() for path in ahead._sources(module)} == ours
+    assert len(ours) > 5
+
+
+@pytest.mark.parametrize("module", GATED)
+def test_a_change_of_any_file_changes_the_hash(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ahead.FOLDER.glob("**/triton*.py"):
+        copy = tmp_path / path.relative_to(ahead.FOLDER)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    before = ahead.source_hash(module)
+    monkeypatch.setattr(ahead, "FOLDER", tmp_path)
+    assert ahead.source_hash(module) == before
+    read = ahead._sources(module)
+    for path in sorted(tmp_path.glob("**/triton*.py")):
+        text = path.read_text()
+        path.write_text(text + "# changed\n")
+        assert (ahead.source_hash(module) != before) is (path in read), path
+        path.write_text(text)
+    assert ahead.source_hash(module) == before
+
+
 def test_no_module_is_left_over(table: dict[str, Any]) -> None:
-    shipped = [module for module in ahead.modules() if module.split(".")[2] not in PROVISIONAL]
+    shipped = [module for module in ahead.modules() if ahead.shipped(module)]
     assert sorted(table["modules"]) == shipped, AGAIN
 
 
@@ -162,3 +204,34 @@ def test_all_of_it_compiles_again_to_the_same(table: dict[str, Any], tmp_path: P
     assert ahead.problems(found) == []
     if same_triton(table):
         assert found == table, AGAIN
+
+
+UNLISTED = """
+import torch
+from spikelm.kernels import ahead
+from spikelm.kernels.gated_delta.triton_compilations import record_call as delta
+from spikelm.kernels.gla.triton_compilations import record_call as gla
+from spikelm.kernels.gla.triton_tiles import CHANNEL, HEAD
+from spikelm.kernels.triton_launch import Recorder
+
+half, full = torch.bfloat16, torch.float32
+calls = [
+    (gla, half, 64, 64, CHANNEL, 1, False), (gla, half, 128, 128, CHANNEL, 7, True),
+    (gla, half, 64, 64, HEAD, 1, False), (gla, full, 64, 64, HEAD, 1, True),
+    (delta, half, 64, 64, 1, False), (delta, half, 64, 256, 7),
+    (delta, half, 128, 128, 7), (delta, full, 64, 64, 1),
+]
+for record, *call in calls:
+    paper = Recorder(record.__module__.split(".")[2], "sm_90")
+    record(paper, *call)
+    for wanted in paper.found.values():
+        print(ahead.compile_one(wanted, "sm_90").spilled, call[1:], wanted.name, sep="\\t")
+"""
+
+
+@pytest.mark.slow
+def test_what_is_not_listed_spills_no_more() -> None:
+    """Other V than 256, other numbers of query heads, K that shares the tiles of a wider one."""
+    lines = [line.split("\t") for line in compiled(UNLISTED, timeout=1800).splitlines()]
+    assert len(lines) > 30
+    assert [line for line in lines if int(line[0]) > ahead.MOST_SPILLED] == []

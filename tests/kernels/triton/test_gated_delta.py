@@ -114,6 +114,17 @@ def test_several_blocks_of_keys_and_values(device: torch.device, dtype: torch.dt
     assert_equal_to_the_loop(make((1, 9, 1, 1, 70, 40), device, dtype), dtype)
 
 
+def test_the_form_that_is_listed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU: zeros up to whole tiles, both masks, copies for query heads in float32."""
+    monkeypatch.setattr(form, "gated_delta", form.gated_delta_in_tiles)
+    assert_equal_to_the_loop(make((1, 19, 2, 1, 5, 7), device, torch.float32), torch.float32)
+
+
+def test_wide_keys_are_multiplied_in_blocks(device: torch.device) -> None:
+    """In float32 above 32 channels, in bfloat16 above 128: K of 130 is held as 256."""
+    assert_equal_to_the_loop(make((1, 17, 1, 1, 130, 5), device, torch.float32), torch.float32)
+
+
 def test_one_token(device: torch.device, dtype: torch.dtype) -> None:
     assert_equal_to_the_loop(make((1, 1, 2, 2, 5, 7), device, dtype), dtype)
 
@@ -147,6 +158,17 @@ def test_what_the_kernels_do_not_hold_is_refused(device: torch.device) -> None:
         rows = [x.float() for x in (q, k, v, g, beta, state)]
         with pytest.raises(KernelError, match="up to 256 key channels, got 300"):
             gated_delta(*rows, scale=1.0)
+
+
+def test_what_the_decode_kernel_does_not_hold_is_refused(device: torch.device) -> None:
+    k, g, pool = (torch.zeros(*shape, device=device) for shape in ((1, 1, 300), (1, 1), (1, 1, 300, 4)))
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    with use_backend("triton"):
+        with pytest.raises(KernelError, match="hold up to 256 key channels, got 300"):
+            gated_delta_decode(k, k, k[..., :4], g, g, pool, slots, scale=1.0)
+        with pytest.raises(KernelError, match="compute in float32 and an input is float64"):
+            rows = k[..., :4].double()
+            gated_delta_decode(rows, rows, rows, g, g, pool[:, :, :4].double(), slots, scale=1.0)
 
 
 def test_decode_in_place(device: torch.device, dtype: torch.dtype) -> None:

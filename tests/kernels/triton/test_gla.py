@@ -6,7 +6,9 @@ things at once. On a GPU the same cases run in float32 and bfloat16, and larger 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ pytest.importorskip("triton")
 
 from spikelm.errors import KernelError, ShapeError
 from spikelm.kernels.dispatch import use_backend
-from spikelm.kernels.gla import gla, gla_decode, initial_state
+from spikelm.kernels.gla import gla, gla_decode, initial_state, triton_call
 from spikelm.kernels.gla import triton as form
 
 NAMES = ("o", "state", "grad q", "grad k", "grad v", "grad g", "grad state")
@@ -138,9 +140,40 @@ def test_a_text_in_segments(
     device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two passes, as where few heads must fill a device: states of the segments first."""
-    monkeypatch.setattr(form, "segment_count", lambda programs, chunks, processors: 2)
+    monkeypatch.setattr(triton_call, "segment_count", lambda programs, chunks, processors: 2)
     case = make((1, 130, 1, 1, 5, 7), "head", device, dtype, masks=True)
     assert_equal_to_the_loop(case, dtype)
+
+
+@pytest.mark.parametrize(("gate", "masks"), [("channel", True), ("none", False)])
+def test_the_form_that_is_listed(
+    gate: str, masks: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU: zeros up to whole tiles, both masks, a gate, a copy of keys for each query head."""
+    monkeypatch.setattr(form, "gla_forward", Counted(form.gla_forward))
+    monkeypatch.setattr(form, "gla", form.gla_in_tiles)
+    case = make((1, 19, 2, 1, 5, 7), gate, device, torch.float32, strength=3.0, closed=0.05, masks=masks)
+    assert_equal_to_the_loop(case, torch.float32)
+    (seen,) = form.gla_forward.seen
+    assert [None if x is None else x.shape[2:] for x in seen[:5]] == [
+        (2, 64),
+        (2, 64),
+        (2, 64),
+        (2, 64) if gate == "channel" else (2, 1),
+        (64, 64),
+    ]
+    assert all(x.shape == (1, 19) for x in seen[6:])
+
+
+class Counted:
+    """A function that keeps what it was called with."""
+
+    def __init__(self, inner: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.inner, self.seen = inner, list[tuple[Any, ...]]()
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        self.seen.append(arguments)
+        return self.inner(*arguments)
 
 
 def test_gradient_of_the_gate_does_not_cancel(device: torch.device) -> None:
@@ -154,9 +187,9 @@ def test_gradient_of_the_gate_does_not_cancel(device: torch.device) -> None:
 
 
 def test_segments_fill_the_device() -> None:
-    assert form.segment_count(256, 64, 132) == 1
-    assert form.segment_count(8, 256, 132) == 17
-    assert form.segment_count(8, 4, 132) == 1
+    assert triton_call.segment_count(256, 64, 132) == 1
+    assert triton_call.segment_count(8, 256, 132) == 17
+    assert triton_call.segment_count(8, 4, 132) == 1
 
 
 def test_custom_ops(device: torch.device) -> None:
@@ -173,6 +206,17 @@ def test_what_the_kernels_do_not_hold_is_refused(device: torch.device) -> None:
             gla(k, k, k[..., :4], None, state, scale=1.0)
         with pytest.raises(KernelError, match="an input is float64"):
             gla(k[..., :4].double(), k[..., :4], k[..., :4], None, state[:, :, :4], scale=1.0)
+
+
+def test_what_the_decode_kernel_does_not_hold_is_refused(device: torch.device) -> None:
+    k, pool = torch.zeros(1, 1, 300, device=device), torch.zeros(1, 1, 300, 4, device=device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    with use_backend("triton"):
+        with pytest.raises(KernelError, match="gla in Triton hold up to 256 key channels, got 300"):
+            gla_decode(k, k, k[..., :4], None, pool, slots, scale=1.0)
+        with pytest.raises(KernelError, match="gla in Triton compute in float32 and an input is float64"):
+            rows = k[..., :4].double()
+            gla_decode(rows, rows, rows, None, pool[:, :, :4].double(), slots, scale=1.0)
 
 
 @pytest.mark.parametrize("gate", ["channel", "head", "none"])
