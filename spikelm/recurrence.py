@@ -114,7 +114,8 @@ class Part(nn.Module):
     def capacity(self, state: State) -> int | None:
         """Tokens for which the growing memory in ``state`` has room; None where nothing grows."""
         found = [child.capacity(own) for child, own in self._remembering(state)]
-        return min((size for size in found if size is not None), default=None)
+        sizes = [size for size in found if size is not None]
+        return min(sizes) if sizes else None  # min(.., default=None) is no graph for torch.compile
 
     def reserve(self, state: State, max_len: int) -> State:
         """The same state with room for ``max_len`` tokens where memory grows (never less than before)."""

@@ -22,6 +22,7 @@ from spikelm.kernels import (
     shift_encode,
     wkv4,
 )
+from spikelm.kernels.gates import refuse_number
 
 GOAL_US = 5.0
 """Microseconds that the checks of a call may take."""
@@ -47,7 +48,7 @@ def checks() -> dict[str, Callable[[], object]]:
 
     def of_lif() -> None:
         lif._check(x, last, vector, mask, mask)
-        lif.refuse_number("lif", threshold=1.0, v_reset=0.0, alpha=2.0)
+        refuse_number("lif", threshold=1.0, v_reset=0.0, alpha=2.0)
 
     return {
         "lif": of_lif,

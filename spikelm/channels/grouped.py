@@ -131,6 +131,7 @@ def _product(
     matrices = [cast(Projection, getattr(expert, name)).linear.weight for expert in experts]
     weights = torch.stack(cast(list[Tensor], matrices))
     dtype = _product_dtype(cast(SwiGLU, experts[0]).gate, spikes.device)
+    y: Tensor
     if torch.compiler.is_compiling() and dtype != torch.bfloat16:
         y = grouped_product(spikes.to(dtype), weights.to(dtype), ends)
     else:

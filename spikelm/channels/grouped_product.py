@@ -1,4 +1,4 @@
-"""``torch.nn.functional.grouped_mm`` as a custom op for graphs: torch's own shape rule is bfloat16's alone."""
+"""``torch.nn.functional.grouped_mm`` as a custom op for graphs: torch's own shape rule is for bfloat16."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from spikelm.channels.grouped_product import grouped_product
 from spikelm.errors import KernelError
 from spikelm.kernels import dispatch
 from spikelm.kernels.compile import compiler_command
@@ -110,6 +111,10 @@ def _call_everything(form: str, device: str) -> None:
     _decode(device)
     counts, weight, scales = rules.counts(3, 20), rules.counts(8, 20), torch.rand(8, 2)
     int8_linear(*(x.to(device) for x in (counts, weight, scales)), 16)
+    if form == "torch":  # used in graphs alone
+        leaves = [torch.randn(*shape, requires_grad=True) for shape in ((7, 16), (3, 8, 16))]
+        y = grouped_product(*leaves, torch.tensor([2, 2, 7], dtype=torch.int32))
+        torch.autograd.backward(y, torch.randn_like(y))
     if form == "triton":
         event_linear(torch.randn(1, 10).to(device), torch.randn(10, 24).to(device))
     if form == "c":  # where nothing traces them the public functions take a shorter way than these
