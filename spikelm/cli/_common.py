@@ -61,29 +61,9 @@ def tokenizer_for(checkpoint: Path, choice: str | None) -> Tokenizer:
         CheckpointError: ``checkpoint`` is no checkpoint folder.
         DataError: there is no such tokenizer, or it has more tokens than the model.
     """
-    from spikelm.checkpoint import load_tokenizer, read_config
-    from spikelm.errors import DataError
-    from spikelm.tokenizer import Tokenizer
+    from spikelm.evaluation import corpus
 
-    config = read_config(checkpoint)
-    if choice is None:
-        return load_tokenizer(checkpoint)
-    words = Tokenizer.load(choice)
-    if words.vocab_size > config.vocab_size:
-        raise DataError(
-            f"the tokenizer has {words.vocab_size} tokens and the model only {config.vocab_size}; "
-            "use the tokenizer the model was trained with"
-        )
-    try:
-        own = load_tokenizer(checkpoint)
-    except DataError:  # converted weights may have none, and then there is nothing to compare
-        return words
-    if own.sha256 != words.sha256:
-        warn(
-            f"tokenizer {choice} is not the one saved with {checkpoint}; the result means little unless the "
-            "model was trained with it"
-        )
-    return words
+    return corpus.tokenizer_for(checkpoint, choice, warn)
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
