@@ -19,8 +19,8 @@ _ROWS = (
     ("perplexity/byte", "perplexity_per_byte", ".4g"),
 )
 _ORIGINAL = (
-    ("word perplexity", "word_perplexity", ".4f"),
-    ("byte perplexity", "byte_perplexity", ".4f"),
+    ("word perplexity", "word_perplexity", ".5g"),
+    ("byte perplexity", "byte_perplexity", ".5g"),
     ("bits/byte", "bits_per_byte", ".4f"),
 )
 
@@ -48,6 +48,8 @@ def print_record(record: Mapping[str, Any]) -> None:
             if record["data"]["first_token_scored"]
             else "not scored (nothing predicts it; see --start)"
         )
+        if record["data"]["kind"] == "lambada":
+            scored = "only read, like all but the last word"
         out.print(f"standard error over {first['stderr_over']}; a document's first token is {scored}")
     for table in (_other_units(measured), _last_words(measured), _books(measured)):
         if table is not None:

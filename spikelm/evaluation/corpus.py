@@ -153,7 +153,10 @@ def tokenizer_for(checkpoint: Path, choice: str | None, warn: Callable[[str], No
 
     config = read_config(checkpoint)
     if choice is None:
-        return load_tokenizer(checkpoint)
+        try:
+            return load_tokenizer(checkpoint)
+        except DataError as error:  # converted weights may have none
+            raise DataError(f"{error}; name the one the model was trained with by --tokenizer") from error
     words = Tokenizer.load(choice)
     if words.vocab_size > config.vocab_size:
         raise DataError(
