@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -166,6 +166,13 @@ def progress(title: str, total: float | None = None, unit: str = "it", done: flo
     plain = _PlainBar(title, total, unit, done)
     yield plain
     plain.close()
+
+
+@contextmanager
+def counted(title: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Progress of tokens as a function that counts them (see :func:`progress`)."""
+    with progress(title, total, "tokens") as bar:
+        yield bar.advance
 
 
 @contextmanager

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spikelm.cli._common import console, warn, write_json
+from spikelm.cli._common import console, warn
 
 
 def forward(
     folders: Sequence[Path],
     json_file: Path | None,
-    wanted: bool,
     *,
     tasks: str | None,
     kinds: str | None,
@@ -23,43 +22,32 @@ def forward(
     device: str,
     dtype: str,
     seed: int,
-) -> dict[str, Any] | None:
-    """Measure on tasks or long contexts; the record where it is wanted for a report."""
-    import tempfile
+) -> dict[str, Any]:
+    """Measure on tasks, or on long contexts where ``tasks`` is None; the record."""
+    from spikelm.cli.evaluate_tasks import run_long_context, run_tasks
 
-    from spikelm.cli import evaluate_tasks
-    from spikelm.evaluation.record import read
-
-    with tempfile.TemporaryDirectory() as scratch:
-        out = json_file
-        if wanted and (out is None or str(out) == "-"):
-            out = Path(scratch) / "record.json"
-        if tasks is not None:
-            evaluate_tasks.run_tasks(
-                checkpoints=list(folders),
-                tasks=tasks,
-                limit=limit,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                json_file=out,
-            )
-        else:
-            evaluate_tasks.run_long_context(
-                checkpoints=list(folders),
-                kinds=kinds,
-                lengths=lengths,
-                samples=samples,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                json_file=out,
-            )
-        record = read(out) if wanted and out is not None else None
-    if record is not None and str(json_file) == "-":
-        write_json(json_file, record)
-    return record
+    if tasks is not None:
+        return run_tasks(
+            checkpoints=list(folders),
+            tasks=tasks,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            json_file=json_file,
+        )
+    return run_long_context(
+        checkpoints=list(folders),
+        kinds=kinds or "",
+        lengths=lengths,
+        samples=samples,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        json_file=json_file,
+        batch_size=batch_size,
+    )
 
 
 def write_pages(folder: Path, records: list[dict[str, Any]], further: Sequence[Path]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spikelm.cli._common import console, write_json
+from spikelm.cli._common import console, counted, write_json
 
 if TYPE_CHECKING:
     from spikelm.evaluation.verify import Verdict
@@ -16,11 +18,13 @@ SHOWN = 40
 
 def verify_file(path: Path, json_file: Path | None) -> int:
     """Run a result again; 0 if it reproduces, else 1."""
-    import dataclasses
-
+    from spikelm.evaluation.job import rerun
+    from spikelm.evaluation.record import read
     from spikelm.evaluation.verify import verify
 
-    verdict = verify(path)
+    # The commands of other kinds show their progress themselves.
+    shown = functools.partial(rerun, progress=counted) if read(path)["kind"] == "eval" else None
+    verdict = verify(path, rerun=shown)
     if str(json_file) != "-":
         _print_verdict(path, verdict)
     write_json(json_file, {"result": path, "reproduced": verdict.reproduced, **dataclasses.asdict(verdict)})

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from spikelm.cli._common import JsonOption, progress, warn, write_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from spikelm.evaluation.job import Advance
+from spikelm.cli._common import JsonOption, counted, warn, write_json
 
 
 def evaluate(
@@ -173,7 +168,6 @@ def evaluate(
         record = forward(
             folders,
             json_file,
-            report is not None,
             tasks=tasks,
             kinds=long_context,
             limit=limit,
@@ -208,23 +202,16 @@ def evaluate(
             },
         )
     if report is not None:
-        write_pages(report, [record] if record else [], include or [])
+        write_pages(report, [record], include or [])
     return None
 
 
 def _measure(json_file: Path | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Measure on text, print and write."""
-    from contextlib import contextmanager
-
     from spikelm.cli._evaluation_tables import print_record
     from spikelm.evaluation.job import Request, run
 
-    @contextmanager
-    def shown(title: str, total: float) -> Iterator[Advance]:
-        with progress(title, total, "tokens") as bar:
-            yield bar.advance
-
-    record = run(Request(**arguments), progress=shown, warn=warn)
+    record = run(Request(**arguments), progress=counted, warn=warn)
     if str(json_file) != "-":
         print_record(record)
     write_json(json_file, record)

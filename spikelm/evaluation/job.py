@@ -172,8 +172,8 @@ def run(
     )
 
 
-def rerun(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of the same arguments, measured now.
+def rerun(arguments: Mapping[str, Any], *, progress: Progress = silent) -> dict[str, Any]:
+    """The record of the same arguments, measured now; ``progress`` shows how far it is.
 
     Raises:
         ConfigError: they are not those of ``spikelm eval``.
@@ -183,7 +183,7 @@ def rerun(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if unknown or not {"checkpoints", "data"} <= set(arguments):
         wrong = f"{unknown[0]!r} is unknown" if unknown else "'checkpoints' or 'data' is missing"
         raise ConfigError(f"the arguments are not those of spikelm eval: {wrong}")
-    return run(Request(**arguments))
+    return run(Request(**arguments), progress=progress)
 
 
 def labels(checkpoints: Sequence[str]) -> dict[str, Path]:

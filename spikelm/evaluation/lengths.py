@@ -116,14 +116,15 @@ def measure_lengths(
             sums.add(scores.first, scores.nats)
             if advance is not None:
                 advance(len(scores.nats))
-    edges = np.concatenate([[0.0], np.cumsum(sizes[1:])])
-    points = [_point(n, carried, windowed, float(edges[n])) for n in lengths]
+    points = [_point(n, carried, windowed, float(sizes[1 : n + 1].sum())) for n in lengths]
     state = model.init_state(1, device, None, longest)
     return {"window": window, "state_bytes": state_bytes(state), "points": points}
 
 
 def _stream(corpus: Corpus, count: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """The first ``count`` tokens of all documents together, and the bytes each stands for."""
+    if len(corpus.tokens[0]) >= count:  # no copy of a long book
+        return corpus.tokens[0][:count], corpus.byte_lengths[0][:count]
     tokens = np.empty(count, np.int32)
     sizes = np.empty(count, np.float64)
     filled = 0

@@ -33,9 +33,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "eval": Kind(rerun="spikelm.evaluation.job:rerun"),
-    "energy": Kind(rerun="spikelm.cli._rerun:energy", volatile=frozenset({"measured", "verdict"})),
-    "tasks": Kind(rerun="spikelm.cli._rerun:tasks"),
-    "long-context": Kind(rerun="spikelm.cli._rerun:long_context"),
+    "energy": Kind(rerun="spikelm.cli.energy:rerun", volatile=frozenset({"measured", "verdict"})),
+    "tasks": Kind(rerun="spikelm.cli.evaluate_tasks:rerun_tasks"),
+    "long-context": Kind(rerun="spikelm.cli.evaluate_tasks:rerun_long_context"),
 }
 """Kind of a record -> how it is made again; a new kind of measurement adds a line."""
 
@@ -44,6 +44,8 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}
 
 _MACHINE = ("cpu", "vector_units", "threads", "device")
 _VERSIONS = ("torch", "numpy")
+_TEXT = ("sha256", "files")
+"""Hashes of what was read: of documents, or of the files of tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +161,9 @@ def check_inputs(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
     Raises:
         DataError: naming what changed.
     """
-    before, now = ((record.get("data") or {}).get("sha256") for record in (old, new))
-    if before != now:
-        source = (old.get("data") or {}).get("source")
+    before, now = (record.get("data") or {} for record in (old, new))
+    if any(before.get(key) != now.get(key) for key in _TEXT):
+        source = before.get("source")
         raise DataError(f"the text {source} changed since {path} was made; restore it, or measure again")
     if old.get("tokenizer_sha256") != new.get("tokenizer_sha256"):
         raise DataError(f"the tokenizer changed since {path} was made; restore it, or measure again")

@@ -1,4 +1,4 @@
-"""Standard sets: pages and their counts, characters and bytes, last words, books; what is missing or broken."""
+"""Standard sets: pages and their counts, characters and bytes, last words, books; what is missing."""
 
 from __future__ import annotations
 
