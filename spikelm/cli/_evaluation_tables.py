@@ -109,11 +109,11 @@ def _side_by_side(title: str, models: Mapping[str, Any]) -> Table:
 def _print_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> None:
     first = comparisons[0]
     names = list(dict.fromkeys(entry["figure"] for entry in comparisons))
-    table = _table(
-        f"bits/byte more than {first['a']}, {first['level']:.0%} intervals of a paired bootstrap over "
-        f"{first['n']:,} {first['units']}",
-        ["model", *names],
-    )
+    over = f"{first['n']:,} {first['units']}"
+    how = f"{first['level']:.0%} intervals of a paired bootstrap over {over}"
+    if first["low"] is None:
+        how = f"no interval: there are too few units, {over}"
+    table = _table(f"bits/byte more than {first['a']}, {how}", ["model", *names])
     for label in dict.fromkeys(entry["b"] for entry in comparisons):
         cells = {entry["figure"]: _interval(entry) for entry in comparisons if entry["b"] == label}
         table.add_row(label, *(cells.get(name, "-") for name in names))

@@ -23,6 +23,8 @@ from spikelm.evaluation.scoring import Scores
 
 BLOCK_BYTES = 1024
 """Bytes of a block, the unit where there are few documents."""
+MIN_UNITS = 10
+"""With fewer units there is no interval: percentiles of so few say little."""
 RESAMPLES = 4000
 LEVEL = 0.95
 
@@ -114,7 +116,7 @@ def compare(models: Mapping[str, Mapping[str, Units]], *, seed: int) -> list[dic
 
     Returns:
         Per model and figure {a, b, figure, difference_bits_per_byte (b minus a: positive where b needs more
-        bits), low, high, level, n, units, resamples}; low and high are None with a single unit.
+        bits), low, high, level, n, units, resamples}; low and high are None below :data:`MIN_UNITS`.
 
     Raises:
         DataError: the models were measured on different units.
@@ -138,7 +140,7 @@ def compare(models: Mapping[str, Mapping[str, Units]], *, seed: int) -> list[dic
         nats, size = nats[:, used], size[:, used]
         whole = nats.sum(1) / size.sum(1) / math.log(2)
         n = int(used.sum())
-        drawn = _resampled(nats, size, seed) if n > 1 else None
+        drawn = _resampled(nats, size, seed) if n >= MIN_UNITS else None
         tail = (1 - LEVEL) / 2
         for index, (label, units) in enumerate(pairs, start=1):
             low = high = None

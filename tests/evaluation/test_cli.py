@@ -204,18 +204,21 @@ def test_several_checkpoints_in_one_table(
         SpikeLM(ModelConfig(vocab_size=280, hidden_size=16, num_hidden_layers=1)),
         other_words,
     )
-    both, alone = tmp_path / "both.json", tmp_path / "alone.json"
-    words = ["--data", str(text), "--length", "64"]
+    both, alone, longer = tmp_path / "both.json", tmp_path / "alone.json", tmp_path / "longer.txt"
+    assert main(["eval", str(checkpoint), str(other), "--data", str(text), "--mode", "carried"]) == 0
+    assert "no interval: there are too few units, 2 blocks" in " ".join(capsys.readouterr().out.split())
+    longer.write_text(TEXT * 8)
+    words = ["--data", str(longer), "--length", "64"]
     assert main(["eval", str(checkpoint), str(other), *words, "--json", str(both)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "paired bootstrap over 2 blocks of 1024 bytes" in out and "other/model" in out
+    assert "paired bootstrap over 11 blocks of 1024 bytes" in out and "other/model" in out
     assert main(["eval", str(other), *words, "--json", str(alone)]) == 0
     record, single = read(both), read(alone)["results"]["models"]["model"]
     models = record["results"]["models"]
     assert list(models) == [f"{checkpoint.parent.name}/model", "other/model"] == list(record["checkpoints"])
     assert models["other/model"] == single
     assert record["tokenizer_sha256"] is None and single["tokenizer_sha256"] == other_words.sha256
-    assert record["n"] == 2
+    assert record["n"] == 11
     found = record["results"]["comparisons"]
     assert [entry["figure"] for entry in found] == ["disjoint@64", "strided@64/32", "carried"]
     first, second = models.values()
@@ -223,7 +226,7 @@ def test_several_checkpoints_in_one_table(
         a, b = (model["figures"][entry["figure"]]["bits_per_byte"] for model in (first, second))
         assert entry["difference_bits_per_byte"] == pytest.approx(b - a, abs=1e-12)
         assert entry["low"] <= entry["difference_bits_per_byte"] <= entry["high"]
-        assert (entry["level"], entry["n"], entry["units"]) == (0.95, 2, "blocks of 1024 bytes")
+        assert (entry["level"], entry["n"], entry["units"]) == (0.95, 11, "blocks of 1024 bytes")
 
 
 def test_a_checkpoint_given_twice(checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from spikelm.data.source import open_source
 from spikelm.errors import DataError
-from spikelm.evaluation.compare import BLOCK_BYTES, LEVEL, Units, UnitTally, compare
+from spikelm.evaluation.compare import BLOCK_BYTES, LEVEL, MIN_UNITS, Units, UnitTally, compare
 from spikelm.evaluation.corpus import read_corpus
 from spikelm.evaluation.figures import BLOCK, Tally
 from spikelm.evaluation.positions import PositionTally
@@ -67,10 +67,13 @@ def test_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LEVEL == 0.95 and 0.90 <= held / 300 <= 0.98
 
 
-def test_a_single_unit_has_no_interval() -> None:
-    one = units(np.array([5.0]), np.array([4.0]))
-    entry = compare({"a": {"x": one}, "b": {"x": one}}, seed=0)[0]
-    assert entry["low"] is None and entry["high"] is None and entry["n"] == 1
+@pytest.mark.parametrize("count", [1, MIN_UNITS - 1, MIN_UNITS])
+def test_few_units_have_no_interval(count: int) -> None:
+    """Empty units count as none."""
+    size = np.concatenate([np.full(count, 4.0), np.zeros(3)])
+    entry = compare({"a": {"x": units(size, size)}, "b": {"x": units(2 * size, size)}}, seed=0)[0]
+    assert entry["n"] == count and entry["difference_bits_per_byte"] == pytest.approx(1 / math.log(2))
+    assert (entry["low"] is None) == (entry["high"] is None) == (count < MIN_UNITS)
 
 
 def test_other_text_is_refused() -> None:
