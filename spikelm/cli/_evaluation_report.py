@@ -65,7 +65,7 @@ def write_pages(folder: Path, records: list[dict[str, Any]], further: Sequence[P
     # Pictures of spikes need the model and text: of a checkpoint that is gone there are none.
     present = {label: path for label, path in found.items() if path.is_dir()}
     page = write_report(folder, records, checkpoints=present, text_sample=_sample(records))
-    console().print(f"report: {page}", markup=False)
+    console(stderr=True).print(f"report: {page}", markup=False)
 
 
 def _sample(records: Sequence[dict[str, Any]]) -> str | None:

@@ -293,3 +293,36 @@ def test_a_tokenizer_with_more_tokens_than_the_model(
     assert main(["eval", str(saved), "--data", str(text)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "but the model has 100 tokens; use the tokenizer" in error
+
+
+def test_lengths_alone(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One stream by length and nothing else; at the whole length it is the carried figure."""
+    out = tmp_path / "eval.json"
+    words = ["--data", str(text), "--lengths", f"256,{len(TEXT) - 1}", "--json", str(out)]
+    assert main(["eval", str(checkpoint), *words, "--mode", "none"]) == 0
+    assert "gain of carrying" in " ".join(capsys.readouterr().out.split())
+    alone = read(out)["results"]
+    assert alone["models"]["model"]["figures"] == {} and alone["comparisons"] == []
+    assert main(["eval", str(checkpoint), *words, "--mode", "carried"]) == 0
+    both = read(out)["results"]
+    assert both["lengths"] == alone["lengths"]
+    last = both["lengths"]["model"]["points"][-1]
+    figure = both["models"]["model"]["figures"]["carried"]
+    assert last["tokens"] == figure["tokens"] and last["bytes"] == figure["bytes"]
+    assert last["bits_per_byte"] == pytest.approx(figure["bits_per_byte"], rel=1e-6)
+
+
+def test_loss_by_position_is_in_the_record(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Its bins hold every token; carried state has one bin per power of two up to the text's length."""
+    out = tmp_path / "eval.json"
+    assert main(["eval", str(checkpoint), "--data", str(text), "--length", "64", "--json", str(out)]) == 0
+    entry = read(out)["results"]["models"]["model"]
+    curve, figure = entry["by_position"], entry["figures"]["carried"]
+    assert entry["by_position_over"] == "carried"
+    assert [(b["from"], b["tokens"], b["nats_per_token"]) for b in curve] == [
+        (b["from"], b["tokens"], pytest.approx(b["nats_per_token"], rel=1e-12)) for b in figure["by_context"]
+    ]
+    assert sum(b["tokens"] for b in curve) == figure["tokens"]
+    assert curve[-1]["n"] == 1 and curve[-1]["stderr"] is None  # 376 tokens, one block

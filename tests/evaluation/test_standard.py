@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import lzma
 import math
@@ -18,7 +19,7 @@ from spikelm.config import ModelConfig
 from spikelm.errors import DataError
 from spikelm.evaluation import enwik8, wikitext
 from spikelm.evaluation.record import read
-from spikelm.evaluation.standard import open_text
+from spikelm.evaluation.standard import SETS, open_text
 from spikelm.model import SpikeLM
 from spikelm.tokenizer import Tokenizer
 
@@ -318,3 +319,22 @@ def test_lambada_takes_no_windows(
     words = ["--data", "lambada", "--data-dir", str(passages), "--mode", "strided"]
     assert main(["eval", str(checkpoint), *words]) == 2
     assert "leave --mode and --lengths out" in capsys.readouterr().err
+
+
+def test_the_hubs_copy_of_wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    """Its rows are lines, blank ones empty: the same pages as those of the file."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    rows = ["" if line == " " else f"{line}\n" for line in WIKI.split("\n")[:-1]]
+    pq.write_table(pa.table({"text": rows}), folder / "test-00000-of-00001.parquet")
+    known = dataclasses.replace(SETS["wikitext-2"], hub=f"hub:{folder.parent}#{{split}}.text")
+    monkeypatch.setitem(SETS, "wikitext-2", known)
+    fetched = open_text("wikitext-2", data_dir=str(tmp_path / "nothing"))
+    (tmp_path / "wikitext-2-raw").mkdir()
+    (tmp_path / "wikitext-2-raw" / "wiki.test.raw").write_text(WIKI, encoding="utf-8", newline="")
+    local = open_text("wikitext-2", data_dir=str(tmp_path))
+    assert list(fetched.source.documents()) == list(local.source.documents())
+    assert (fetched.words, fetched.bytes) == (local.words, local.bytes)

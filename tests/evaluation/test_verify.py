@@ -93,6 +93,23 @@ def test_how_exact_it_must_be(made: Path) -> None:
         assert "another cpu" in verdict.why
 
 
+def test_only_the_integers_of_a_mixed_record_are_exact(tmp_path: Path) -> None:
+    """Beside a float model the int8 one must still give the same bits."""
+    one = checkpoint(tmp_path / "one")
+    two = checkpoint(tmp_path / "two", weights={"name": "int8", "group_size": 128})
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["--data", str(tmp_path / "text.txt"), "--mode", "carried", "--json", str(tmp_path / "eval.json")]
+    assert main(["eval", str(one), str(two), *words]) == 0
+    assert verify(tmp_path / "eval.json").reproduced
+    for label, allowed in (("one", True), ("two", False)):
+
+        def change(record: dict[str, Any], label: str = label) -> None:
+            record["results"]["models"][label]["figures"]["carried"]["nats"] *= 1 + 1e-9
+
+        verdict = verify(changed(tmp_path, change))
+        assert verdict.reproduced == allowed and "two: int8 weights" in verdict.why
+
+
 @pytest.fixture
 def float_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     checkpoint(tmp_path / "one")
