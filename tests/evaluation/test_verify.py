@@ -15,7 +15,7 @@ from spikelm.checkpoint import save_checkpoint
 from spikelm.cli import main
 from spikelm.config import ModelConfig
 from spikelm.errors import DataError
-from spikelm.evaluation.record import read
+from spikelm.evaluation.record import identity, read
 from spikelm.evaluation.verify import KINDS, TOLERANCES, verify
 from spikelm.model import SpikeLM
 from spikelm.tokenizer import Tokenizer
@@ -220,3 +220,13 @@ def test_a_text_that_changes_while_it_is_measured(float_made: Path) -> None:
     new["data"]["sha256"] = "0" * 64
     with pytest.raises(DataError, match="changed since"):
         verify(float_made / "eval.json", rerun=lambda arguments: new)
+
+
+def test_the_folder_of_a_run_stands_for_its_latest_checkpoint(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "run" / "latest")
+    run, latest = identity(tmp_path / "run"), identity(tmp_path / "run" / "latest")
+    assert run["sha256"] == latest["sha256"] and run["config"] == latest["config"] is not None
+    assert run["path"] == str(tmp_path / "run")
+    weights = tmp_path / "run" / "latest" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert identity(tmp_path / "run")["sha256"] != run["sha256"]
