@@ -222,7 +222,15 @@ def _pairs(old: Any, new: Any, volatile: frozenset[str], place: str = "") -> Ite
         for index, (before, now) in enumerate(zip(old, new, strict=True)):
             yield from _pairs(before, now, volatile, f"{place}[{index}]")
         return
-    yield place, old, new
+    yield place, old, _written(new)
+
+
+def _written(value: Any) -> Any:
+    """A value as a file has it: plain, and null where a number is not finite."""
+    plain = value.item() if hasattr(value, "item") else value
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return None
+    return str(plain) if isinstance(plain, Path) else plain
 
 
 def _same(before: Any, now: Any) -> bool:

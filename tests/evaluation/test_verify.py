@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,6 +208,9 @@ def test_what_is_compared(float_made: Path) -> None:
     assert again(gone=None, rows=[1], new=5) == ["gone", "rows", "new"]
     assert again(rows=[1, 3]) == ["rows[1]"]
     assert again(n=True) == ["n"]
+    # As a file would have it: plain numbers, and null for what is not finite.
+    assert again(rate=np.float32(0.5), n=np.int64(3)) == [] and again(rate=math.nan) == ["rate"]
+    assert again(new=math.inf) == []
 
 
 def test_every_kind_says_how_it_is_run_again() -> None:
