@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -61,29 +61,9 @@ def tokenizer_for(checkpoint: Path, choice: str | None) -> Tokenizer:
         CheckpointError: ``checkpoint`` is no checkpoint folder.
         DataError: there is no such tokenizer, or it has more tokens than the model.
     """
-    from spikelm.checkpoint import load_tokenizer, read_config
-    from spikelm.errors import DataError
-    from spikelm.tokenizer import Tokenizer
+    from spikelm.evaluation import corpus
 
-    config = read_config(checkpoint)
-    if choice is None:
-        return load_tokenizer(checkpoint)
-    words = Tokenizer.load(choice)
-    if words.vocab_size > config.vocab_size:
-        raise DataError(
-            f"the tokenizer has {words.vocab_size} tokens and the model only {config.vocab_size}; "
-            "use the tokenizer the model was trained with"
-        )
-    try:
-        own = load_tokenizer(checkpoint)
-    except DataError:  # converted weights may have none, and then there is nothing to compare
-        return words
-    if own.sha256 != words.sha256:
-        warn(
-            f"tokenizer {choice} is not the one saved with {checkpoint}; the result means little unless the "
-            "model was trained with it"
-        )
-    return words
+    return corpus.tokenizer_for(checkpoint, choice, warn)
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
@@ -186,6 +166,13 @@ def progress(title: str, total: float | None = None, unit: str = "it", done: flo
     plain = _PlainBar(title, total, unit, done)
     yield plain
     plain.close()
+
+
+@contextmanager
+def counted(title: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Progress of tokens as a function that counts them (see :func:`progress`)."""
+    with progress(title, total, "tokens") as bar:
+        yield bar.advance
 
 
 @contextmanager

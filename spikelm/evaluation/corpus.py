@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from spikelm.errors import ConfigError, DataError
 from spikelm.tokenizer import Tokenizer
 
 STARTS = ("none", "bos", "eos")
+SAMPLE = 2000
+"""Characters of the first document that are kept for pictures of a report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,9 @@ class Corpus:
         byte_lengths: per document float64 [N], bytes each token stands for; they add up to the document's.
         rescaled: documents whose tokens' own bytes do not add up to the document's (tokenizers that change
             the text); their lengths are scaled so that the sum is right.
+        characters: Unicode characters that the scored tokens stand for: all but those whose first byte is in
+            a document's first token, where that one is not scored. None where nobody counted.
+        sample: how the first document begins.
     """
 
     name: str
@@ -38,6 +44,8 @@ class Corpus:
     tokens: list[NDArray[np.int32]]
     byte_lengths: list[NDArray[np.float64]]
     rescaled: int
+    characters: int | None = None
+    sample: str = ""
 
     @property
     def predictions(self) -> int:
@@ -90,7 +98,8 @@ def read_corpus(
     digest = hashlib.sha256()
     tokens: list[NDArray[np.int32]] = []
     byte_lengths: list[NDArray[np.float64]] = []
-    total = rescaled = 0
+    total = rescaled = characters = 0
+    sample = ""
     for text in _limited(source.documents(), max_bytes):
         raw = text.encode("utf-8")
         digest.update(len(raw).to_bytes(8, "little") + raw)
@@ -101,6 +110,12 @@ def read_corpus(
             rescaled += 1
             spread = lengths if lengths.sum() > 0 else np.ones(len(ids))
             lengths = spread * (len(raw) / spread.sum())
+        if first is not None:
+            characters += len(text)
+        elif len(ids) > 1:
+            # The first token is not scored, so characters that begin in its bytes are not either.
+            characters += len(text) - _characters(raw[: round(lengths[0])])
+        sample = sample or text[:SAMPLE]
         tokens.append(np.concatenate([np.asarray(prefix, np.int32), ids]))
         byte_lengths.append(np.concatenate([np.zeros(len(prefix)), lengths]))
     corpus = Corpus(
@@ -111,6 +126,8 @@ def read_corpus(
         tokens=tokens,
         byte_lengths=byte_lengths,
         rescaled=rescaled,
+        characters=characters,
+        sample=sample,
     )
     if corpus.predictions == 0:
         raise DataError(
@@ -118,6 +135,49 @@ def read_corpus(
             f"expected at least one document of two tokens"
         )
     return corpus
+
+
+def tokenizer_for(checkpoint: Path, choice: str | None, warn: Callable[[str], None]) -> Tokenizer:
+    """The checkpoint's tokenizer, or ``choice`` in its place, with a warning where the two differ.
+
+    Args:
+        checkpoint: checkpoint folder; its configuration is read first, so that a wrong folder is told as one.
+        choice: a tokenizer to take instead, or None.
+        warn: called with a sentence where ``choice`` is not the tokenizer saved with the checkpoint.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is no checkpoint folder.
+        DataError: there is no such tokenizer, or it has more tokens than the model.
+    """
+    from spikelm.checkpoint import load_tokenizer, read_config
+
+    config = read_config(checkpoint)
+    if choice is None:
+        try:
+            return load_tokenizer(checkpoint)
+        except DataError as error:  # converted weights may have none
+            raise DataError(f"{error}; name the one the model was trained with by --tokenizer") from error
+    words = Tokenizer.load(choice)
+    if words.vocab_size > config.vocab_size:
+        raise DataError(
+            f"the tokenizer has {words.vocab_size} tokens and the model only {config.vocab_size}; "
+            "use the tokenizer the model was trained with"
+        )
+    try:
+        own = load_tokenizer(checkpoint)
+    except DataError:  # converted weights may have none, and then there is nothing to compare
+        return words
+    if own.sha256 != words.sha256:
+        warn(
+            f"tokenizer {choice} is not the one saved with {checkpoint}; the result means little unless the "
+            "model was trained with it"
+        )
+    return words
+
+
+def _characters(raw: bytes) -> int:
+    """Characters that begin in these bytes of UTF-8: all bytes but those that continue one (10xxxxxx)."""
+    return int(np.count_nonzero((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80))
 
 
 def _limited(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:

@@ -40,6 +40,7 @@ class Figure:
         stderr_bits_per_byte: standard error of bits_per_byte, None with a single unit.
         stderr_nats_per_token: standard error of nats_per_token, None with a single unit.
         stderr_over: what the standard error is over, with the number of units.
+        stderr_n: that number.
         by_context: nats per token by the number of tokens seen before, in bins of powers of two.
     """
 
@@ -56,6 +57,7 @@ class Figure:
     stderr_bits_per_byte: float | None
     stderr_nats_per_token: float | None
     stderr_over: str
+    stderr_n: int
     by_context: list[dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ class Tally:
             stderr_bits_per_byte=None if error_bytes is None else error_bytes / math.log(2),
             stderr_nats_per_token=ratio_stderr(units[0], units[2]),
             stderr_over=over,
+            stderr_n=len(units[0]),
             by_context=[
                 {"from": 2**e, "to": 2 ** (e + 1) - 1, "tokens": int(n), "nats_per_token": float(s / n)}
                 for e, (s, n) in enumerate(self._by_context.T)

@@ -12,7 +12,7 @@ too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from spikelm.codings import Coding
 from spikelm.codings.meter import CountMeter
 from spikelm.errors import ConfigError, DataError
 from spikelm.evaluation import segments
+from spikelm.evaluation.compare import Units, UnitTally
 from spikelm.evaluation.corpus import Corpus
 from spikelm.evaluation.figures import Figure, Tally
+from spikelm.evaluation.positions import PositionTally
 from spikelm.evaluation.scoring import LanguageModel, score
 from spikelm.evaluation.segments import Segment
 from spikelm.meter import Meter
@@ -92,17 +94,28 @@ class Result:
         figures: one per mode, in the order asked for.
         spikes: the meter's summary over the last mode that was read (see ``spikes_over``).
         spikes_over: label of that mode.
+        by_position: loss by position (see :class:`PositionTally`) of carried state, or of the last mode where
+            nothing was carried.
+        position_over: label of that mode.
+        units: label of a figure -> what the model needed per document or block, to be compared with others.
+        documents: figures of every document in the last mode, in the order of the text.
     """
 
     figures: tuple[Figure, ...]
     spikes: dict[str, Any]
     spikes_over: str
+    by_position: list[dict[str, Any]] = field(default_factory=list)
+    position_over: str = ""
+    units: dict[str, Units] = field(default_factory=dict)
+    documents: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "figures": {figure.label: figure.to_dict() for figure in self.figures},
             "spikes": self.spikes | {"measured_over": self.spikes_over},
+            "by_position": self.by_position,
+            "by_position_over": self.position_over,
         }
 
 
@@ -133,11 +146,15 @@ def measure(
     """
     check_vocabulary(corpus, vocab_size)
     figures = []
+    units: dict[str, Units] = {}
+    documents: list[dict[str, Any]] = []
     meter = Meter() if coding is None else CountMeter()
+    positions = PositionTally()
+    positioned = "carried" if "carried" in windows.modes else windows.modes[-1]
     for mode in windows.modes:
         # One mode is metered: spikes of overlapping windows would count tokens several times.
         metered = mode == windows.modes[-1]
-        tally = Tally(corpus.byte_lengths)
+        tally, shared = Tally(corpus.byte_lengths), UnitTally(corpus.byte_lengths)
         longest = max(len(tokens) for tokens in corpus.tokens)
         for scores in score(
             model,
@@ -151,11 +168,22 @@ def measure(
             coding=coding,
         ):
             tally.add(scores)
+            shared.add(scores)
+            if mode == positioned:
+                positions.add(scores)
             if advance is not None:
                 advance(len(scores.nats))
         figures.append(tally.figure(windows.label(mode)))
+        units[windows.label(mode)] = shared.units()
+        documents = shared.documents()
     return Result(
-        figures=tuple(figures), spikes=meter.summary(), spikes_over=windows.label(windows.modes[-1])
+        figures=tuple(figures),
+        spikes=meter.summary(),
+        spikes_over=windows.label(windows.modes[-1]),
+        by_position=positions.summary(),
+        position_over=windows.label(positioned),
+        units=units,
+        documents=documents,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spikelm.bench.record import machine
+from spikelm.checkpoint import resolve_folder
 from spikelm.errors import DataError
 
 FORMAT = 1
@@ -41,7 +42,8 @@ def stamp(
         arguments: the command's options by their Python names, JSON values; enough to run it again.
         checkpoints: label -> folder of every checkpoint measured.
         data: what was read: source, name, sha256, documents, bytes, ...
-        tokenizer_sha256: of the tokenizer the data was read with.
+        tokenizer_sha256: of the tokenizer the data was read with; None where the checkpoints have different
+            ones (``results`` then has one per model).
         seed: of everything drawn at random; None if nothing was.
         n: units the standard errors are over; None where there is none.
     """
@@ -62,8 +64,10 @@ def stamp(
 def identity(folder: Path) -> dict[str, Any]:
     """What a checkpoint is: its path, the SHA-256 of its weights and its configuration.
 
-    The hash runs over the safetensors files in the order of their names.
+    The hash runs over the safetensors files in the order of their names. Of a training run's folder it is the
+    latest checkpoint that counts.
     """
+    named, folder = folder, resolve_folder(folder)
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode() + b"\0")
@@ -72,7 +76,7 @@ def identity(folder: Path) -> dict[str, Any]:
                 digest.update(piece)
     config = folder / "config.json"
     return {
-        "path": str(folder),
+        "path": str(named),
         "sha256": digest.hexdigest(),
         "config": json.loads(config.read_text()) if config.is_file() else None,
     }

@@ -53,12 +53,14 @@ class Scores:
         first: index in the document of the first target.
         context: tokens the model had seen since its initial state when it predicted the first target.
         nats: float64 [n], -log p of each target.
+        greedy: bool [n], whether each target was the likeliest token; None unless asked for.
     """
 
     document: int
     first: int
     context: int
     nats: NDArray[np.float64]
+    greedy: NDArray[np.bool_] | None = None
 
 
 @dataclass
@@ -134,6 +136,7 @@ def score(
     max_len: int | None = None,
     meter: Meter | None = None,
     coding: Coding | None = None,
+    greedy: bool = False,
 ) -> Iterator[Scores]:
     """Score every segment; the order in which scores come is not that of the segments.
 
@@ -147,6 +150,7 @@ def score(
         max_len: longest segment, for parts whose state grows.
         meter: counts the spikes of scored and context tokens alike, or None.
         coding: run expanded over its micro-steps, or None.
+        greedy: also tell which targets were the likeliest token.
 
     Raises:
         DataError: if a loss is not finite.
@@ -177,8 +181,9 @@ def score(
                 state = states.select_rows(state, torch.tensor(stay, device=device))
             logits, state = model(tokens.to(device), state, ctx)
             nats = _nats(logits, targets.to(device))
+            hits = (logits.argmax(-1).cpu() == targets).numpy() if greedy else None
         fresh = False
-        yield from _collect(nats, pieces)
+        yield from _collect(nats, hits, pieces)
 
 
 def _tensors(
@@ -210,12 +215,15 @@ def _nats(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:
     return nats
 
 
-def _collect(nats: NDArray[np.float64], pieces: list[_Piece]) -> Iterator[Scores]:
+def _collect(
+    nats: NDArray[np.float64], hits: NDArray[np.bool_] | None, pieces: list[_Piece]
+) -> Iterator[Scores]:
     for piece in pieces:
         begin = max(piece.segment.skip - piece.offset, 0)
         if begin >= piece.length:
             continue
-        values = nats[piece.row, piece.column + begin : piece.column + piece.length]
+        columns = slice(piece.column + begin, piece.column + piece.length)
+        values = nats[piece.row, columns]
         first = piece.segment.first + piece.offset + begin
         if not np.isfinite(values).all():
             at = first + int(np.flatnonzero(~np.isfinite(values))[0])
@@ -224,5 +232,9 @@ def _collect(nats: NDArray[np.float64], pieces: list[_Piece]) -> Iterator[Scores
                 f"the checkpoint's weights or its dtype cannot be evaluated"
             )
         yield Scores(
-            document=piece.segment.document, first=first, context=piece.offset + begin + 1, nats=values.copy()
+            document=piece.segment.document,
+            first=first,
+            context=piece.offset + begin + 1,
+            nats=values.copy(),
+            greedy=None if hits is None else hits[piece.row, columns].copy(),
         )

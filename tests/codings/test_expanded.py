@@ -136,7 +136,9 @@ def test_eval_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for words in ([], ["--coding", "bidirectional"], ["--coding", "ternary"]):
         file = tmp_path / "r.json"
         assert main(["eval", str(checkpoint), *options, *words, "--json", str(file)]) == 0
-        reports.append(json.loads(file.read_text()))
+        record = json.loads(file.read_text())
+        assert record["arguments"]["coding"] == (words[1] if words else None)
+        reports.append(record["results"]["models"]["model"])
     plain, *expanded = reports
     out = capsys.readouterr().out
     assert "no code for negative counts" in out and "twos_complement" in out
@@ -148,7 +150,7 @@ def test_eval_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         silent = plain["spikes"]["projections"]["blocks.0.mixer.key"]["silent"]
         assert 0 < silent < codings["bidirectional"]["exact"]["sparsity"] < 1
         assert report["spikes"]["codings"]["ternary"]["exact"]["events"] > 0
-    assert plain["coding"] is None and "codings" not in plain["spikes"]
+    assert "codings" not in plain["spikes"]
     assert main(["eval", str(checkpoint), *options, "--coding", "binary"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "choose ternary, bidirectional or twos_complement" in error

@@ -55,7 +55,8 @@ def test_eval_of_a_converted_checkpoint(tmp_path: Path, file: Path) -> None:
     (tmp_path / "t.txt").write_text("hello world")
     words = ["--data", str(tmp_path / "t.txt"), "--json", str(tmp_path / "r.json")]
     assert main(["eval", str(tmp_path / "out"), *words]) == 0
-    assert json.loads((tmp_path / "r.json").read_text())["figures"]["carried"]["tokens"] == 10
+    models = json.loads((tmp_path / "r.json").read_text())["results"]["models"]
+    assert models["out"]["figures"]["carried"]["tokens"] == 10
 
 
 def refused(capsys: pytest.CaptureFixture[str], words: list[str], *parts: str) -> None:

@@ -19,7 +19,7 @@ from spikelm.tokenizer import Tokenizer
 @pytest.mark.parametrize(
     ("words", "key"),
     [
-        (["eval", "MODEL", "--data", "TEXT"], "figures"),
+        (["eval", "MODEL", "--data", "TEXT"], "results"),
         (["convert", "spikegpt", "WEIGHTS", "OUT", "--dense-embedding"], "parameters"),
         (["convert", "rwkv4", "WEIGHTS", "OUT"], "parameters"),
         (["generate", "MODEL", "--max-tokens", "3"], "text"),

@@ -121,7 +121,8 @@ def test_figures_are_those_of_eval(
     file = tmp_path / "eval.json"
     words = ["--data", str(trained.other), "--mode", "disjoint", "--length", "64", "--json", str(file)]
     assert main(["eval", str(converted.out), *words, "--max-bytes", "6000"]) == 0
-    figure = json.loads(file.read_text())["figures"]["disjoint@64"]
+    (entry,) = json.loads(file.read_text())["results"]["models"].values()
+    figure = entry["figures"]["disjoint@64"]
     promised = converted.report["bits_per_byte"]["converted"]
     assert figure["bits_per_byte"] == pytest.approx(promised["bits_per_byte"], abs=1e-6)
     assert figure["tokens"] == promised["tokens"]
