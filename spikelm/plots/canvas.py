@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spikelm.errors import ConfigError
 
@@ -67,7 +67,8 @@ def on(theme: Theme) -> Iterator[None]:
         "axes.titlesize": 11.0,
         "svg.hashsalt": "spikelm",  # the same numbers give the same file
     }
-    with matplotlib.rc_context(settings):
+    # Releases differ in how they type the names of settings.
+    with matplotlib.rc_context(cast(Any, settings)):
         yield
 
 

@@ -24,6 +24,8 @@ COSTS = {
     "seconds": "seconds per token, measured",
 }
 """Name of a cost -> what it is."""
+_SPREAD = 20
+"""From this ratio of the dearest to the cheapest on, a cost has a logarithmic axis."""
 
 
 def pareto(records: Sequence[Mapping[str, Any]], figure: str | None = None) -> dict[str, Any]:
@@ -177,6 +179,8 @@ def draw(numbers: Mapping[str, Any], *, theme: Theme = LIGHT) -> Figure:
 def _panel(
     axes: Any, numbers: Mapping[str, Any], labels: Sequence[str], cost: str, handles: dict[str, Any]
 ) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     shown = [m for m in numbers["models"] if m[cost] is not None and m["bits_per_byte"] is not None]
     if not shown:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
@@ -197,5 +201,12 @@ def _panel(
     axes.plot(
         [m[cost] for m in on_front], [m["bits_per_byte"] for m in on_front], color="#8a8f98", linewidth=0.9
     )
-    axes.set_xscale("log")
+    costs = [model[cost] for model in shown]
     axes.margins(x=0.25, y=0.2)
+    if min(costs) > 0 and max(costs) >= _SPREAD * min(costs):
+        axes.set_xscale("log")
+        return
+    # On less than a decade a logarithmic axis has no room for its labels.
+    axes.set_xlim(0, 1.15 * max(costs) or 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(EngFormatter())

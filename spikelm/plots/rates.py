@@ -33,12 +33,11 @@ def rates(summary: Mapping[str, Any]) -> dict[str, Any]:
         DataError: nothing in the summary spikes.
     """
     entries: list[tuple[str, str, Mapping[str, Any], bool]] = []
-    for path, entry in summary.get("projections", {}).items():
-        layer, kind = place(path)
-        entries.append((OUTSIDE if layer is None else str(layer), kind, entry, bool(entry["spiking"])))
-    for path, entry in summary.get("neurons", {}).items():
-        layer, kind = place(path)
-        entries.append((OUTSIDE if layer is None else str(layer), kind, entry, True))
+    for group in ("projections", "neurons"):
+        for path, entry in summary.get(group, {}).items():
+            index, kind = place(path)
+            column = OUTSIDE if index is None else str(index)
+            entries.append((column, kind, entry, group == "neurons" or bool(entry["spiking"])))
     if not any(spiking for *_, spiking in entries):
         raise DataError("nothing fires in this model (it is dense); choose a spiking one")
     layers = sorted({layer for layer, *_ in entries if layer != OUTSIDE}, key=int)
@@ -49,13 +48,13 @@ def rates(summary: Mapping[str, Any]) -> dict[str, Any]:
     dense = [[False] * len(layers) for _ in kinds]
     fired, features = [0.0] * len(layers), [0.0] * len(layers)
     for layer, kind, entry, spiking in entries:
-        row, column = kinds.index(kind), layers.index(layer)
-        dense[row][column] = not spiking
+        row, at = kinds.index(kind), layers.index(layer)
+        dense[row][at] = not spiking
         if spiking:
-            table[row][column] = float(entry["firing_rate"])
+            table[row][at] = float(entry["firing_rate"])
             size = float(entry.get("in_features", entry.get("features", 0)))
-            fired[column] += size * float(entry["firing_rate"])
-            features[column] += size
+            fired[at] += size * float(entry["firing_rate"])
+            features[at] += size
     mean = [rate / size if size else None for rate, size in zip(fired, features, strict=True)]
     return {"layers": layers, "kinds": kinds, "firing_rate": table, "dense": dense, "mean": mean}
 

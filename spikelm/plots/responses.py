@@ -47,8 +47,8 @@ def spectra(
         if seed is not None:
             x = noise_like(x, generator)
         y = cast(Tensor, site.neuron(x[None], state or None)[0])[0]
-        pair = (values.double().cpu().numpy() for values in (x, y))
-        found.setdefault(neuron_name(site), {})[site.path] = powers(*pair, length)
+        before, after = (values.double().cpu().numpy() for values in (x, y))
+        found.setdefault(neuron_name(site), {})[site.path] = powers(before, after, length)
     if not found:
         raise DataError("none of the chosen neurons sees every token in turn; choose another --projection")
     return {

@@ -90,7 +90,7 @@ def powers(x: Floats, y: Floats, length: int) -> Powers:
             sums[index] = sums[index] + product.mean(1) / weight
     n = len(starts)
     return Powers(
-        frequency=np.fft.rfftfreq(length)[1:],
+        frequency=np.asarray(np.fft.rfftfreq(length)[1:], dtype=np.float64),
         x=sums[0] / n,
         y=sums[1] / n,
         cross=np.asarray(sums[2] / n, dtype=np.complex128),
@@ -174,7 +174,8 @@ def draw(numbers: Mapping[str, Any], *, title: str = "spectrum", theme: Theme = 
         axes.set_xlabel("frequency along the sequence (cycles per token)")
         axes.set_ylabel("output / input power (dB)")
         axes.set_title(
-            f"{canvas.plain(title, 60)}\ndriven by {canvas.plain(numbers['signal'])}; 0 dB: lowest frequencies; dashed: linear part",
+            f"{canvas.plain(title, 60)}, driven by {canvas.plain(numbers['signal'])}\n"
+            "0 dB: the lowest frequencies; dashed: what follows the input linearly",
             fontsize=10,
         )
         axes.grid(alpha=0.4)

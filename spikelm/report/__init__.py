@@ -1,4 +1,4 @@
-"""A report for people: one self-contained HTML file and the same as Markdown, from records of measurements."""
+"""A report for people: one self-contained HTML file and the same as Markdown, from result records."""
 
 from __future__ import annotations
 

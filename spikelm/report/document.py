@@ -98,13 +98,17 @@ class Document:
 
 
 def number(value: Any, form: str = ".4g") -> str:
-    """A number as text; :data:`ABSENT` where there is none."""
+    """A number as text; :data:`ABSENT` where there is none; large ones in groups of three digits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return ABSENT
+    if form == ".4g" and 1e4 <= abs(value) < 1e15:
+        return format(value, ",.0f")
     return format(value, form)
 
 
 def with_error(value: Any, error: Any, form: str = ".4f") -> str:
     """``value ± error``; the error is left out where it is not known."""
     shown = number(value, form)
-    return shown if shown == ABSENT or number(error) == ABSENT else f"{shown} ± {number(error, form)}"
+    if shown == ABSENT or number(error) == ABSENT:
+        return shown
+    return f"{shown} ± {number(error, form.removeprefix('+'))}"

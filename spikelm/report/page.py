@@ -16,6 +16,8 @@ from spikelm.report.document import Block, Command, Document, Lines, Picture, Se
 Pictures = Mapping[str, tuple[bytes, bytes]]
 """Name of a picture -> SVG for light and for dark paper."""
 
+_SHORT = 28
+"""Characters of words that are not broken into lines."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -66,11 +68,14 @@ def _safe(text: str) -> str:
 
 
 def _section(section: Section, pictures: Pictures) -> str:
-    blocks = "\n".join(_block(block, pictures) for block in section.blocks)
-    return f'<section><h2 id="{anchor(section.title)}">{_safe(section.title)}</h2>\n{blocks}\n</section>'
+    name = anchor(section.title)
+    blocks = "\n".join(
+        _block(block, pictures, f"{name}-{index}") for index, block in enumerate(section.blocks, start=1)
+    )
+    return f'<section><h2 id="{name}">{_safe(section.title)}</h2>\n{blocks}\n</section>'
 
 
-def _block(block: Block, pictures: Pictures) -> str:
+def _block(block: Block, pictures: Pictures, name: str) -> str:
     match block:
         case Text():
             return f"<p>{_safe(block.text)}</p>"
@@ -79,7 +84,7 @@ def _block(block: Block, pictures: Pictures) -> str:
         case Command():
             return f"<pre><code>{_safe(block.text)}</code></pre>"
         case Table():
-            return _table(block)
+            return _table(block, name)
         case Picture():
             light, dark = (_uri(svg) for svg in pictures[block.name])
             return (
@@ -90,21 +95,23 @@ def _block(block: Block, pictures: Pictures) -> str:
             )
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, name: str) -> str:
+    # A caption inside would be as wide as its table, which may be wider than the screen.
     head = _row(table, table.headings, "th")
     body = "\n".join(_row(table, cells, "td") for cells in table.rows)
     return (
-        f'<div class="scroll" tabindex="0"><table><caption>{_safe(table.caption)}</caption>'
+        f'<p class="caption" id="{name}">{_safe(table.caption)}</p>'
+        f'<div class="scroll" tabindex="0"><table aria-labelledby="{name}">'
         f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
 def _row(table: Table, cells: Sequence[str], tag: str) -> str:
-    word = ' class="word"'
-    shown = (
-        f"<{tag}{word if index < table.words else ''}>{_safe(cell)}</{tag}>"
-        for index, cell in enumerate(cells)
-    )
+    shown = []
+    for index, cell in enumerate(cells):
+        kind = "" if index >= table.words else "long" if len(cell) > _SHORT else "word"
+        attribute = f' class="{kind}"' if kind else ""
+        shown.append(f"<{tag}{attribute}>{_safe(cell)}</{tag}>")
     return f"<tr>{''.join(shown)}</tr>"
 
 

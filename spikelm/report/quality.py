@@ -13,11 +13,11 @@ from spikelm.report.document import ABSENT, Block, Picture, Section, Table, Text
 
 Record = Mapping[str, Any]
 OPTIONAL = {
-    "perplexity_per_word": "perplexity/word",
-    "bits_per_character": "bits/character",
-    "accuracy": "accuracy",
+    "bits/character": ("bits_per_character",),
+    "perplexity/word (original page)": ("original", "word_perplexity"),
+    "bits/byte (original page)": ("original", "bits_per_byte"),
 }
-"""Figures that only some texts have, and their headings."""
+"""Figures that only some texts have: heading -> keys inside a figure."""
 
 
 def evaluations(records: Sequence[Record]) -> list[Record]:
@@ -44,7 +44,11 @@ def figures(records: Sequence[Record]) -> Section | str:
         ]
         if not found:
             continue
-        more = [key for key in OPTIONAL if any(figure.get(key) is not None for *_, figure in found)]
+        more = [
+            heading
+            for heading, keys in OPTIONAL.items()
+            if any(number(inside(figure, *keys)) != ABSENT for *_, figure in found)
+        ]
         rows = [
             (
                 label,
@@ -53,26 +57,68 @@ def figures(records: Sequence[Record]) -> Section | str:
                 with_error(figure.get("nats_per_token"), figure.get("stderr_nats_per_token")),
                 number(figure.get("perplexity_per_token")),
                 number(figure.get("perplexity_per_byte")),
-                *(number(figure.get(key)) for key in more),
+                *(number(inside(figure, *OPTIONAL[heading])) for heading in more),
                 number(figure.get("tokens"), ","),
                 number(model.get("parameters"), ","),
             )
             for label, model, name, figure in found
         ]
         headings = ["model", "figure", "bits/byte", "nats/token", "perplexity/token", "perplexity/byte"]
-        headings += [*(OPTIONAL[key] for key in more), "tokens", "parameters"]
+        headings += [*more, "tokens", "parameters"]
         over = sorted({str(figure.get("stderr_over")) for *_, figure in found if figure.get("stderr_over")})
         caption = text_of(record) + (f"; ± one standard error over {' or '.join(over)}" if over else "")
         blocks.append(Table(caption=caption, headings=headings, rows=rows, words=2))
+        blocks += _parts(record)
     if not blocks:
         return "Bits per byte and perplexity: no record of spikelm eval with figures was given."
     blocks.append(
         Text(
-            text="disjoint@L reads windows of L tokens side by side, strided@L/S windows that overlap, carried "
-            "whole documents with one state. Figures of different names do not compare."
+            text="disjoint@L reads windows of L tokens side by side, strided@L/S windows that overlap, "
+            "carried whole documents with one state. Figures of different names do not compare."
         )
     )
     return Section(title="Bits per byte", blocks=blocks)
+
+
+def _parts(record: Record) -> Iterator[Table]:
+    """What some texts have besides: last words of passages, and every book by itself."""
+    models = record["results"]["models"]
+    ends = {label: model["last_word"] for label, model in models.items() if model.get("last_word")}
+    if ends:
+        yield Table(
+            caption="last words of passages, ± one standard error",
+            headings=["model", "accuracy", "perplexity", "passages"],
+            rows=[
+                (
+                    label,
+                    with_error(found.get("accuracy"), found.get("accuracy_stderr")),
+                    with_error(found.get("perplexity"), found.get("perplexity_stderr"), ".4g"),
+                    number(found.get("n"), ","),
+                )
+                for label, found in ends.items()
+            ],
+        )
+    books = [
+        (
+            label,
+            str(entry.get("name")),
+            number(entry.get("bits_per_byte"), ".4f"),
+            number(entry.get("bytes"), ","),
+        )
+        for label, model in models.items()
+        for entry in model.get("documents") or ()
+    ]
+    if books:
+        headings = ["model", "document", "bits/byte", "bytes"]
+        yield Table(caption="every document by itself", headings=headings, rows=books, words=2)
+
+
+def inside(value: Mapping[str, Any], *keys: str) -> Any:
+    """A value inside mappings; None where one of them is missing."""
+    found: Any = value
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 def comparisons(records: Sequence[Record]) -> Section | str:
@@ -141,7 +187,7 @@ def positions(records: Sequence[Record]) -> Section | str:
             )
         )
     if not blocks:
-        return "Loss by position: no record holds it (spikelm eval with carried state)."
+        return "Loss by position: no record holds it (spikelm eval with figures does)."
     return Section(title="Loss by position", blocks=blocks)
 
 
@@ -149,37 +195,43 @@ def lengths(records: Sequence[Record]) -> Section | str:
     """Perplexity by the length of the context."""
     blocks: list[Block] = []
     for index, record in enumerate(evaluations(records)):
-        series: dict[str, list[Point]] = {}
-        rows = []
-        for label, entries in (record["results"].get("lengths") or {}).items():
-            for entry in entries if isinstance(entries, Sequence) else ():
-                loss = entry.get("nats_per_token")
-                rows.append(
-                    (
-                        label,
-                        number(entry.get("length"), ","),
-                        with_error(loss, entry.get("stderr")),
-                        number(_perplexity(loss)),
-                        number(entry.get("tokens"), ","),
-                    )
-                )
-            points = [
-                (x, math.exp(y), None if error is None else math.exp(y) * error)
-                for x, y, error in _points(entries, "length", "nats_per_token")
-                if y < 700
-            ]
-            if points:
-                series[label] = points
+        found: Mapping[str, Mapping[str, Any]] = record["results"].get("lengths") or {}
+        rows = [
+            (
+                label,
+                number(point.get("tokens"), ","),
+                with_error(point.get("nats_per_token"), point.get("stderr")),
+                number(point.get("perplexity_per_token")),
+                number(point.get("bits_per_byte"), ".4f"),
+                with_error(
+                    inside(point, "last_half", "gain"), inside(point, "last_half", "gain_stderr"), "+.4f"
+                ),
+                number(entry.get("state_bytes"), ","),
+            )
+            for label, entry in found.items()
+            for point in entry.get("points") or ()
+        ]
         if not rows:
             continue
-        headings = ["model", "length in tokens", "nats/token", "perplexity/token", "tokens scored"]
-        blocks.append(Table(caption=text_of(record), headings=headings, rows=rows))
+        headings = ["model", "length in tokens", "nats/token", "perplexity/token", "bits/byte"]
+        headings += ["gain in the last half", "bytes of state"]
+        windows = sorted({str(entry.get("window")) for entry in found.values()})
+        caption = (
+            f"{text_of(record)}; gain: nats per token that windows of {' or '.join(windows)} tokens need more"
+        )
+        blocks.append(Table(caption=caption, headings=headings, rows=rows))
+        series = {
+            # The error of exp(m) is exp(m) times that of m, for small errors.
+            label: [(x, math.exp(y), error and math.exp(y) * error) for x, y, error in points]
+            for label, entry in found.items()
+            if (points := list(_points(entry.get("points") or (), "tokens", "nats_per_token")))
+        }
         if series:
             blocks.append(
                 Picture(
                     name=f"perplexity-by-length-{index + 1}",
-                    alt=f"Perplexity per token by length of the context on {text_of(record)}; the table above "
-                    "has the numbers.",
+                    alt=f"Perplexity per token by length of the context on {text_of(record)}; numbers in the "
+                    "table above.",
                     draw=partial(
                         _curves,
                         series,
@@ -194,16 +246,12 @@ def lengths(records: Sequence[Record]) -> Section | str:
     return Section(title="Perplexity by length", blocks=blocks)
 
 
-def _perplexity(nats: Any) -> float | None:
-    return None if number(nats) == ABSENT or nats > 700 else math.exp(nats)
-
-
 def _points(entries: Any, x: str, y: str) -> Iterator[Point]:
     """Points whose numbers are finite, in the order of x."""
     found = [
         (float(entry[x]), float(entry[y]), None if number(entry.get("stderr")) == ABSENT else entry["stderr"])
         for entry in (entries if isinstance(entries, Sequence) else ())
-        if ABSENT not in (number(entry.get(x)), number(entry.get(y))) and entry[x] > 0
+        if ABSENT not in (number(entry.get(x)), number(entry.get(y))) and entry[x] > 0 and entry[y] < 700
     ]
     yield from sorted(found, key=lambda point: point[0])
 

@@ -1,4 +1,4 @@
-"""Sections on spikes: firing rates by layer from the records, rasters and counts from the models themselves."""
+"""Sections on spikes: firing rates by layer from the records, rasters and counts from the models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rates(records: Sequence[Record]) -> Section | str:
         for place, (label, model) in enumerate(record["results"]["models"].items()):
             summary = model.get("spikes") or {}
             total = summary.get("total")
-            if not total:
+            if not total or not (summary.get("projections") or summary.get("neurons")):
                 continue
             rows.append(
                 (
@@ -59,7 +59,7 @@ def rates(records: Sequence[Record]) -> Section | str:
                 )
             )
         if rows:
-            headings = ["model", "MACs with spikes", "inputs that fire", "silent inputs", "mean |count|"]
+            headings = ["model", "MACs with spikes", "inputs not zero", "silent inputs", "mean |count|"]
             caption = f"inputs of all projections, weighted by multiply-accumulates; {text_of(record)}"
             blocks += [Table(caption=caption, headings=headings, rows=rows), *pictures]
     if not blocks:

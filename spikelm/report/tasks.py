@@ -85,7 +85,7 @@ def long_context(records: Sequence[Record]) -> Section | str:
                 blocks.append(
                     Picture(
                         name=f"long-context-{index + 1}-{len(blocks) + 1}",
-                        alt=f"Accuracy of {kind} by length, mean over depths; the table below has the numbers.",
+                        alt=f"Accuracy of {kind} by length, mean over depths; numbers in the table below.",
                         draw=partial(_draw, series, kind),
                     )
                 )

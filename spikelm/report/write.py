@@ -47,7 +47,7 @@ def write_report(
     if not records:
         raise DataError("a report needs at least one record; give files that --json of spikelm eval wrote")
     named = _named(records)
-    document = compose(named, checkpoints, text_sample)
+    document = compose(folder, named, checkpoints, text_sample)
     drawn = {
         block.name: (_svg(block, canvas.LIGHT), _svg(block, canvas.DARK))
         for section in document.sections
@@ -70,11 +70,15 @@ def write_report(
 
 
 def compose(
-    named: Sequence[tuple[str, Mapping[str, Any]]], checkpoints: Mapping[str, Path], text_sample: str | None
+    folder: Path,
+    named: Sequence[tuple[str, Mapping[str, Any]]],
+    checkpoints: Mapping[str, Path],
+    text_sample: str | None,
 ) -> Document:
     """What the report says.
 
     Args:
+        folder: of the report, as it was given.
         named: file of each record relative to the report, and the record.
         checkpoints: see :func:`write_report`.
         text_sample: see :func:`write_report`.
@@ -98,7 +102,7 @@ def compose(
         spikes.rates(records),
         *([] if rasters is None else [rasters]),
         costs.ledger(records),
-        provenance(named),
+        provenance(folder, named),
     ]
     missing = [entry for entry in found if isinstance(entry, str)]
     labels = list(dict.fromkeys(label for record in records for label in record.get("checkpoints") or {}))
