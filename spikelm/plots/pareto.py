@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from spikelm.errors import ConfigError, DataError, nearest
 from spikelm.plots import canvas
 from spikelm.plots.canvas import LIGHT, Theme
+from spikelm.plots.records import check
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +47,7 @@ def pareto(records: Sequence[Mapping[str, Any]], figure: str | None = None) -> d
         DataError: no checkpoint has both halves, or the models were measured on different texts.
         ConfigError: a figure that not every model has.
     """
+    check(records)
     quality, texts = _quality(records)
     costs = _costs(records)
     both = [key for key in quality if key in costs]

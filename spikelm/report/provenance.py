@@ -24,7 +24,7 @@ def provenance(folder: Path, named: Sequence[tuple[str, Record]]) -> Section:
     checkpoints: dict[tuple[str, str, str], list[str]] = {}
     for name, record in named:
         facts = [(what, value) for what, value in _facts(record) if value != ABSENT]
-        blocks.append(Table(caption=name, headings=["", "value"], rows=facts, words=2))
+        blocks.append(Table(caption=name, headings=["what", "value"], rows=facts, words=2))
         for label, entry in (record.get("checkpoints") or {}).items():
             key = (label, str(entry.get("path") or ABSENT), str(entry.get("sha256") or ABSENT))
             checkpoints.setdefault(key, []).append(name)
@@ -54,8 +54,8 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "text", str(data.get("source") or data.get("name") or ABSENT)
     yield "SHA-256 of the text", str(data.get("sha256") or ABSENT)
     yield "SHA-256 of the tokenizer", str(record.get("tokenizer_sha256") or ABSENT)
-    yield "seed", number(record.get("seed"), "d")
-    yield "n (units of the standard errors)", number(record.get("n"), ",")
+    yield "seed", number(record.get("seed"), ".0f")
+    yield "units (n)", number(record.get("n"), ",")
     arguments = (record.get("arguments") or {}).items()
     yield "options", ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in arguments) or ABSENT
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from spikelm.errors import ConfigError, DataError
 from spikelm.plots import canvas
+from spikelm.plots.records import check
 from spikelm.report import costs, quality, spikes, tasks
 from spikelm.report.document import Document, Picture, Section
 from spikelm.report.markdown import markdown
@@ -41,11 +42,12 @@ def write_report(
         Path of ``report.html``.
 
     Raises:
-        DataError: there are no records.
+        DataError: there are no records, or one is none of a measurement.
         ConfigError: a file cannot be written.
     """
     if not records:
         raise DataError("a report needs at least one record; give files that --json of spikelm eval wrote")
+    check(records)
     named = _named(records)
     document = compose(folder, named, checkpoints, text_sample)
     drawn = {
