@@ -68,13 +68,13 @@ def _first(data: str) -> str:
 
 
 def _labelled(folders: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
-    """Folders under the labels that the records use for the same weights, else under their names."""
+    """Folders under the labels that the records use for the same model, else under their names."""
     from spikelm.checkpoint import read_config, resolve_folder
     from spikelm.evaluation.record import identity
-    from spikelm.plots.pareto import unique
+    from spikelm.plots.pareto import same_model, unique
 
     known = {
-        entry.get("sha256"): label
+        same_model(entry): label
         for record in records
         for label, entry in (record.get("checkpoints") or {}).items()
     }
@@ -82,6 +82,6 @@ def _labelled(folders: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> 
     labelled = {}
     for folder in folders:
         read_config(folder)  # a folder that is none is told as one
-        sha256 = identity(resolve_folder(folder))["sha256"]
-        labelled[unique(known.get(sha256, folder.resolve().name), taken)] = folder
+        own = same_model(identity(resolve_folder(folder)))
+        labelled[unique(known.get(own, folder.resolve().name), taken)] = folder
     return labelled

@@ -7,6 +7,7 @@ front if no other is at least as good in both and better in one.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ def pareto(records: Sequence[Mapping[str, Any]], figure: str | None = None) -> d
 
     Args:
         records: of kinds ``eval`` and ``energy`` (others are passed over); two of them belong together where
-            the SHA-256 of the weights agree and neither or both were measured with the neurons off.
+            the SHA-256 of the weights and the configuration agree, and neither or both were measured with
+            the neurons off.
         figure: label of the figure (``carried``, ``disjoint@1024``, ...); the first one that every model has
             if None.
 
@@ -98,12 +100,24 @@ def front(points: Iterable[tuple[str, float | None, float | None]]) -> list[str]
     return [label for *_, label in sorted(best)]
 
 
-_Key = tuple[str, bool]
+_Key = tuple[str, str, bool]
 
 
 def _key(record: Mapping[str, Any], label: str) -> _Key | None:
-    sha256 = (record.get("checkpoints") or {}).get(label, {}).get("sha256")
-    return None if not sha256 else (sha256, bool((record.get("arguments") or {}).get("twin")))
+    own = same_model((record.get("checkpoints") or {}).get(label) or {})
+    return None if own is None else (*own, bool((record.get("arguments") or {}).get("twin")))
+
+
+def same_model(identity: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What two records of one model share: the hash of its weights, and its configuration as text.
+
+    The weights alone do not say it: a model and its twin may have the same ones.
+
+    Args:
+        identity: of a checkpoint in a record (:func:`spikelm.evaluation.record.identity`).
+    """
+    sha256 = identity.get("sha256")
+    return None if not sha256 else (str(sha256), json.dumps(identity.get("config"), sort_keys=True))
 
 
 def _quality(records: Sequence[Mapping[str, Any]]) -> tuple[dict[_Key, dict[str, Any]], dict[_Key, str]]:

@@ -119,6 +119,18 @@ def test_halves_belong_together_by_their_weights() -> None:
     assert found["figure"] == "disjoint@64", "the first one that all have"
 
 
+def test_equal_weights_are_not_enough() -> None:
+    """A model and its twin may have the same weights: then their configurations tell them apart."""
+    quality = evaluation({"spiking": 2.0, "twin": 1.5})
+    costs = energy({"twin": (9.0, 9.0, 9.0), "spiking": (1.0, 1.0, 1.0)})
+    for record in (quality, costs):
+        for label, identity in record["checkpoints"].items():
+            identity |= {"sha256": "same", "config": {"neuron": label, "size": 4}}
+    models = pareto([quality, costs], "carried")["models"]
+    found = {m["label"]: (m["bits_per_byte"], m["operations"]) for m in models}
+    assert found == {"spiking": (2.0, 1.0), "twin": (1.5, 9.0)}
+
+
 @pytest.mark.parametrize("records", [[], [evaluation({"a": 1.0})], [energy({"a": (1.0, 1.0, 1.0)})]])
 def test_one_half_is_refused(records: list[dict[str, Any]]) -> None:
     with pytest.raises(DataError, match="give both records of the same checkpoint"):

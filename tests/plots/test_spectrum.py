@@ -62,7 +62,7 @@ def test_a_wave_stands_at_its_frequency() -> None:
 
 
 def test_a_leak_has_the_response_of_its_equation() -> None:
-    """v <- v + (x - v) / tau is a filter with |H|^2 = a^2 / (1 - 2 b cos 2 pi f + b^2), a = 1/tau, b = 1-a."""
+    """v <- v + (x - v) / tau is a filter: |H|^2 = a^2 / (1 - 2 b cos 2 pi f + b^2), a = 1/tau, b = 1-a."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(4096, 16))
     a, v, y = 0.5, np.zeros(16), np.empty((4096, 16))
