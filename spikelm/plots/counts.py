@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spikelm.codings.statistics import CountHistogram
 from spikelm.errors import DataError
 from spikelm.plots import canvas
-from spikelm.plots.canvas import LIGHT, Theme
+from spikelm.plots.canvas import DARK, LIGHT, Theme
 from spikelm.plots.reading import place
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def draw(numbers: Mapping[str, Any], *, title: str = "spike counts", theme: Them
         layer, kind = place(path)
         panels.setdefault(kind, []).append((layer, entry))
     layers = sorted({layer for rows in panels.values() for layer, _ in rows if layer is not None})
-    shades = matplotlib.colormaps["cividis"](np.linspace(0.1, 0.9, max(len(layers), 1)))
+    # The end of the map that is close to the colour of the paper is left out.
+    ends = (0.35, 1.0) if theme is DARK else (0.05, 0.85)
+    shades = matplotlib.colormaps["cividis"](np.linspace(*ends, max(len(layers), 1)))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with canvas.on(theme):

@@ -59,7 +59,7 @@ def _ledger(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
     rows = [
         (
             label,
-            size,
+            size.removeprefix("batch_"),
             str(entry.get("residency") or ABSENT),
             *(
                 number(entry.get(key))
@@ -121,6 +121,7 @@ def _energies(label: str, model: Mapping[str, Any]) -> Iterator[tuple[str, ...]]
                 compute.get("quantised_effective"),
                 _get(total, "quantised_effective"),
             ),
+            ("quantised, int8 weights", compute.get("quantised_int8"), {}),
             *((f"spikes, {name}", value, _get(total, "spikes", name)) for name, value in spikes.items()),
         ]
         for name, value, span in rows:
@@ -159,6 +160,12 @@ def pareto(records: Sequence[Record]) -> Section | str:
         ),
         Table(caption=f"the same in numbers ({numbers['figure']})", headings=headings, rows=rows),
     ]
+    blocks.append(
+        Text(
+            text="A count of spikes is one multiply-accumulate here, however large it is; sent one by one, it is "
+            "as many additions as the column of accumulates says."
+        )
+    )
     if numbers["unmatched"]:
         blocks.append(
             Text(text=f"With a record of one half only, so left out: {', '.join(numbers['unmatched'])}.")

@@ -97,7 +97,12 @@ def ledger(folders: dict[str, Path]) -> dict[str, Any]:
             "accumulates": 77.0,
         }
         prices = {
-            "compute": {"dense": 4.0e5, "effective": 1.0e5, "spikes": {"unary": 5.0e4, "ternary": None}},
+            "compute": {
+                "dense": 4.0e5,
+                "effective": 1.0e5,
+                "spikes": {"unary": 5.0e4, "ternary": None},
+                "quantised_int8": 4.0,
+            },
             "total": {"batch_1": {"dense": {"low": 1.0e6, "high": 2.0e6}, "spikes": {"unary": None}}},
         }
         return {

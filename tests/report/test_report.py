@@ -49,6 +49,10 @@ def test_everything(everything: list[dict[str, Any]], folders: dict[str, Path], 
     assert ["spiking", "passkey", "128", "50%", "0.500 ± 0.050", "20"] in page.rows
     assert ["spiking", "90,000", "30,000", "10", "77", "90.0%", "70.0%"] in page.rows
     assert ["twin", "horowitz-45nm", "dense", "400,000", "1,000,000", "2,000,000"] in page.rows
+    assert ["spiking", "horowitz-45nm", "spikes, unary", "50,000", ABSENT, ABSENT] in page.rows
+    assert ["spiking", "horowitz-45nm", "quantised, int8 weights", "4", ABSENT, ABSENT] in page.rows
+    assert not [row for row in page.rows if "spikes, ternary" in row], "a coding that does not apply"
+    assert ["twin", "1", "nothing", "9000", "18,000", "3"] in page.rows
     assert "It reads 4000 bytes." in page.text
     # The dense model has no raster; everything else is there.
     (missing,) = [line for line in page.text.splitlines() if "Raster of" in line and "twin:" in line]
