@@ -162,7 +162,7 @@ def pareto(records: Sequence[Record]) -> Section | str:
     ]
     blocks.append(
         Text(
-            text="A count of spikes is one multiply-accumulate here, however large it is; sent one by one, it is "
+            text="A count of spikes is one multiply-accumulate here, however large; sent one by one, it is "
             "as many additions as the column of accumulates says."
         )
     )
