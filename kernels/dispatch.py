@@ -110,8 +110,8 @@ def choose(op: str, device: torch.device, **configuration: object) -> str:
     Args:
         op: a name of OPS.
         device: where the tensors are.
-        configuration: what tells one Triton configuration of the op from another (``dtype="bfloat16"``,
-            ``K=128``); those that are known to be wrong are not run (see triton_excluded.py).
+        configuration: what tells one Triton configuration of the op from another (``dtype=torch.bfloat16``
+            or its name, ``K=128``); those that are known to be wrong are not run (see triton_excluded.py).
 
     Raises:
         KernelError: the op is unknown, or the back-end asked for is not available.
@@ -127,16 +127,24 @@ def _choose(op: str, device: torch.device, **configuration: object) -> str:
     wanted = backend()
     if wanted == AUTO:
         chosen = _automatic(op, device.type)
-        if chosen == "triton" and (why := why_excluded(op, device, configuration)) is not None:
+        if chosen == "triton" and (why := why_excluded(op, device, _named(configuration))) is not None:
             _warn_excluded(op, why)
             return "torch"
         return chosen
     problem = _problem(op, wanted, device.type)
     if problem is None and wanted == "triton":
-        problem = why_excluded(op, device, configuration)
+        problem = why_excluded(op, device, _named(configuration))
     if problem is not None:
         raise KernelError(f"{op} on {device.type} cannot use the {wanted!r} back-end: {problem}")
     return wanted
+
+
+def _named(configuration: Mapping[str, object]) -> dict[str, object]:
+    """The configuration with dtypes by their names, as entries of triton_excluded.py have them."""
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in configuration.items()
+    }
 
 
 def available() -> dict[str, dict[str, bool | str]]:

@@ -78,6 +78,18 @@ INLINE struct rows rows_of(const struct group *group) {
     return (struct rows){padded(group->key_dim), padded(group->value_dim), padded(CHUNK)};
 }
 
+/* Whether a piece holds a gate that is none: NaN or above zero (minus infinity closes one). Asked after the work
+ * on the piece, when its gates lie in the nearest cache. */
+static int wrong_gates(const struct group *group, const struct piece *piece) {
+    int wrong = 0;
+    for (int64_t t = 0; group->g && t < piece->count; t++) {
+        if (!piece->valid || piece->valid[t]) {
+            wrong |= any_above_zero(group->gates, group->g + (piece->first + t) * group->g_token);
+        }
+    }
+    return wrong;
+}
+
 /* Queries (scaled), keys and values of a piece; one decay per token, 1 where nothing decays. */
 static void load_inputs(const struct group *group, const struct piece *piece, struct rows row, real *q, real *k,
                         real *v) {

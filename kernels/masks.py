@@ -14,10 +14,15 @@ def check_masks(x: Tensor, reset: Tensor | None, valid: Tensor | None) -> None:
     Raises:
         ShapeError: naming the mask, what it is and what it should be.
     """
+    if reset is None and valid is None:
+        return
+    size, device = x.shape, x.device
     for name, mask in (("reset", reset), ("valid", valid)):
         if mask is None:
             continue
-        if mask.shape != x.shape[:2] or mask.dtype != torch.bool or mask.device != x.device:
+        own = mask.shape
+        fits = len(own) == 2 and own[0] == size[0] and own[1] == size[1]
+        if not fits or mask.dtype != torch.bool or mask.device != device:
             raise ShapeError(
                 f"{name} must be bool {list(x.shape[:2])} on {x.device}, "
                 f"got {mask.dtype} {list(mask.shape)} on {mask.device}"

@@ -34,13 +34,17 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     True where nothing records or replaces the call: no gradient is wanted, the tensors are plain ones, and
     there is no compilation, tracing, function transform or dispatch mode. Custom ops serve all other calls.
     """
+    if not is_untouched(*tensors):
+        return False
+    return not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_untouched(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors with values to read: nothing compiles, traces or transforms."""
     if torch.compiler.is_compiling():
         return False
-    recording = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or (recording and tensor.requires_grad):
+        if tensor is not None and type(tensor) not in _PLAIN:
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

@@ -45,6 +45,26 @@ static inline void sum_rows(int64_t rows, int64_t channels, const real *restrict
     }
 }
 
+/* Whether a log decay is none: NaN or above zero. Minus infinity is a full reset. */
+INLINE int any_above_zero(int64_t count, const real *restrict decay) {
+    int wrong = 0;
+#pragma omp simd reduction(| : wrong)
+    for (int64_t i = 0; i < count; i++) {
+        wrong |= decay[i] <= 0 ? 0 : 1;
+    }
+    return wrong;
+}
+
+/* Whether a number is NaN or infinite: only then is its difference from itself not zero. */
+INLINE int any_not_finite(int64_t count, const real *restrict x) {
+    int wrong = 0;
+#pragma omp simd reduction(| : wrong)
+    for (int64_t i = 0; i < count; i++) {
+        wrong |= x[i] - x[i] == 0 ? 0 : 1;
+    }
+    return wrong;
+}
+
 #ifdef SPIKELM_DOUBLE
 
 #define REAL_ABS fabs

@@ -44,6 +44,7 @@ def attend(
     values: Tensor,
     first: Tensor,
     pinned: tuple[Tensor, Tensor] | None = None,
+    reach: int | None = None,
 ) -> Tensor:
     """T queries per sequence; query t is that of key column S - T + t.
 
@@ -53,17 +54,22 @@ def attend(
         values: [B, S, G, d].
         first: int64 [B, T], the first column that each query sees.
         pinned: keys and values [B, P, G, d] that every query sees.
+        reach: columns before its own that a query sees at most, where ``first`` must not be looked at (a
+            captured or compiled call); None to look.
 
     Returns:
         [B, T, H, d].
     """
     T, past = q.shape[1], keys.shape[1] - q.shape[1]
-    earliest, latest = first.amin(0).tolist(), first.amax(0).tolist()
-    if past == 0 and max(latest) == 0 and pinned is None:
-        return _product(q, keys, values, causal=True)
-    alike = earliest == latest
     starts = range(0, T, BLOCK)
-    bounds = [(min(earliest[start : start + BLOCK]), min(past + start + BLOCK, past + T)) for start in starts]
+    if reach is None:
+        earliest, latest = first.amin(0).tolist(), first.amax(0).tolist()
+        if past == 0 and max(latest) == 0 and pinned is None:
+            return _product(q, keys, values, causal=True)
+        alike, lowest = earliest == latest, [min(earliest[start : start + BLOCK]) for start in starts]
+    else:
+        alike, lowest = False, [max(past + start - reach, 0) for start in starts]
+    bounds = [(low, min(past + start + BLOCK, past + T)) for low, start in zip(lowest, starts, strict=True)]
     outputs = []
     for start, query, k, v, (low, high) in zip(
         starts, q.split(BLOCK, 1), _runs(keys, bounds), _runs(values, bounds), bounds, strict=True
@@ -121,5 +127,7 @@ class _Runs(torch.autograd.Function):
 
 
 def _runs(x: Tensor, bounds: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling():
+        return tuple(x[:, low:high] for low, high in bounds)
     runs: tuple[Tensor, ...] = _Runs.apply(x, bounds)  # type: ignore[no-untyped-call]
     return runs

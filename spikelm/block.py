@@ -22,6 +22,7 @@ from torch import Tensor
 from spikelm.build import Build
 from spikelm.config import NO_NEURON, ModelConfig, Spec, check_spec
 from spikelm.errors import ConfigError
+from spikelm.kernels.plan.observation import Observation
 from spikelm.neurons.base import Neuron, build_neuron, build_part
 from spikelm.norms import make_norm
 from spikelm.projection import Projection
@@ -30,7 +31,7 @@ from spikelm.registry import channels, mixers
 from spikelm.state import State
 
 if TYPE_CHECKING:
-    from spikelm.kernels.plan.builder import Builder, Fields, Register
+    from spikelm.kernels.plan.builder import Builder, Field, Fields, Register
 
 CHILDREN = ("mixer", "channel", "mixer_neuron", "channel_neuron")
 
@@ -49,6 +50,17 @@ def fire(neuron: Neuron, x: Tensor, state: Tensor | State, ctx: Context) -> tupl
     if ctx.meter is not None:
         ctx.meter.record_neuron(neuron.path, y, spiking=neuron.spiking, valid=ctx.valid)
     return y, new
+
+
+def lower_fire(plan: Builder, neuron: Neuron, x: Register, state: Field | Fields) -> Register:
+    """The records of :func:`fire`."""
+    y = plan.child(neuron, x, state)
+    if neuron.spiking:
+        seen = Observation(
+            path=neuron.path, spiking=True, in_features=neuron.features, out_features=0, cap=None
+        )
+        plan.observe(seen, y)
+    return y
 
 
 class Block(Part):
@@ -104,7 +116,7 @@ class Block(Part):
         for name in ("mixer", "channel"):
             y = plan.norm(getattr(self, f"{name}_norm"), x)
             y = plan.child(getattr(self, name), y, state[name])
-            y = plan.child(getattr(self, f"{name}_neuron"), y, state[f"{name}_neuron"])
+            y = lower_fire(plan, getattr(self, f"{name}_neuron"), y, state[f"{name}_neuron"])
             x = plan.add(x, y)
         return x
 

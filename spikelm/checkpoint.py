@@ -21,14 +21,13 @@ from torch import Tensor
 
 from spikelm.config import FORMAT_VERSION, ModelConfig
 from spikelm.errors import CheckpointError, nearest
+from spikelm.firing import firing_file, take_firing
 from spikelm.model import SpikeLM
 
 if TYPE_CHECKING:
     from spikelm.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FIRING = "firing.json"
-"""Path of a projection -> silent share of its input counts, where that was measured."""
 PREFIX = "model."
 """What transformers puts before the core's parameter names."""
 
@@ -133,31 +132,55 @@ def save_checkpoint(
     Raises:
         CheckpointError: if the disk refuses (full, read-only); an older folder is then left as it was.
     """
-    target = Path(folder)
-    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     weights = {PREFIX + name: value.contiguous() for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop(f"{PREFIX}head.linear.weight", None)
+    content = config_json(model.config, model.embedding.weight.dtype)
+    files = {**firing_file(model), **(extra or {})}
+    return write_whole(folder, "checkpoint", content, weights, tokenizer, files)
+
+
+def write_whole(
+    folder: str | Path,
+    kind: str,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    extra: Mapping[str, bytes],
+) -> Path:
+    """Write a folder in the Hugging Face layout whole, replacing an older one.
+
+    Args:
+        folder: where to.
+        kind: what to call it in an error.
+        config: content of config.json.
+        weights: under the names of the file.
+        tokenizer: written beside, if given.
+        extra: more files, name -> content.
+
+    Raises:
+        CheckpointError: if the disk refuses (full, read-only); an older folder is then left as it was.
+    """
+    target = Path(folder)
+    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        content = config_json(model.config, model.embedding.weight.dtype)
-        (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+        save_file(dict(weights), temporary / WEIGHTS, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; the mode of the others is the user's choice.
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)
         if tokenizer is not None:
             tokenizer.save(temporary)
-        if model.firing:
-            (temporary / FIRING).write_text(json.dumps(model.firing, indent=2) + "\n", encoding="utf-8")
-        for name, data in (extra or {}).items():
+        for name, data in extra.items():
             (temporary / name).write_bytes(data)
         sync_folder(temporary)
         replace_folder(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write the checkpoint {target}: {error}; free space or choose another folder"
+            f"cannot write the {kind} {target}: {error}; free space or choose another folder"
         ) from error
     except KeyboardInterrupt:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -261,30 +284,8 @@ def load_model(
         weights[name] = value.to(device=device, dtype=wanted)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    model.firing = read_firing(folder)
+    take_firing(model, resolve_folder(folder))
     return model.eval()
-
-
-def read_firing(folder: str | Path) -> dict[str, float]:
-    """Path of a projection -> measured silent share of its input counts; empty where none was measured.
-
-    Raises:
-        CheckpointError: a file that holds something else.
-    """
-    path = resolve_folder(folder) / FIRING
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); restore the file, or remove it") from error
-    items = values.items() if isinstance(values, dict) else [(path.name, values)]
-    for name, value in items:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise CheckpointError(
-                f"{path}: {name} is {value!r}; expected the silent share of a projection, from 0 to 1"
-            )
-    return {str(name): float(value) for name, value in items}
 
 
 def check_weights(

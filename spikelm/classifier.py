@@ -7,29 +7,23 @@ Its folder is that of :class:`spikelm.hf.SpikeLMForSequenceClassification` (conf
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spikelm.checkpoint import (
     CONFIG,
     PREFIX,
-    WEIGHTS,
     check_weights,
     config_json,
     read_config,
     read_weights,
-    replace_folder,
     resolve_folder,
-    sync_folder,
+    write_whole,
 )
 from spikelm.config import ModelConfig
 from spikelm.errors import CheckpointError, ConfigError
@@ -127,31 +121,11 @@ def save_classifier(
     Raises:
         CheckpointError: if the disk refuses; an older folder is then left as it was.
     """
-    target = Path(folder)
-    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     weights = {
         name if name == SCORE else PREFIX + name: value.contiguous()
         for name, value in model.state_dict().items()
     }
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        content = json.dumps(classifier_json(model), indent=2, ensure_ascii=False)
-        (temporary / CONFIG).write_text(content + "\n", encoding="utf-8")
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        for name, data in (extra or {}).items():
-            (temporary / name).write_bytes(data)
-        sync_folder(temporary)
-        replace_folder(temporary, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write the classifier {target}: {error}; free space or choose another folder"
-        ) from error
-    return target
+    return write_whole(folder, "classifier", classifier_json(model), weights, tokenizer, extra or {})
 
 
 def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> Classifier:

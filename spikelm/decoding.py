@@ -6,23 +6,28 @@ a pool of slots, and a batch is a list of slots. See docs/decoding.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import byref
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from spikelm import state as states
+from spikelm.block import lower_fire
 from spikelm.errors import KernelError, PlanError
 from spikelm.kernels.memory import Arena, aligned
-from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, check_overrides, fields
+from spikelm.kernels.plan.builder import Builder, Field, Fields, Register, fields
+from spikelm.kernels.plan.observation import NUMBERS, Observation
+from spikelm.kernels.plan.overrides import check_overrides
 from spikelm.kernels.plan.records import STATISTICS, Plan, library
+from spikelm.meter import Meter
 from spikelm.model import SpikeLM
-from spikelm.projection import Projection
+from spikelm.plan_weights import move_weights, pack_weights
 from spikelm.recurrence import Part
 from spikelm.state import State
-from spikelm.weights import Int8Linear, pack_model
+from spikelm.weights import Int8Linear
 
 _PROBLEMS = (
     "",
@@ -61,8 +66,8 @@ class DecodePlan:
         """Lower the model, allocate the pool and put every slot into the initial state."""
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise PlanError(f"slots is {slots!r}; expected a whole number of at least 1")
-        self.threads = torch.get_num_threads() if threads is None else threads
-        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
+        self._threads = torch.get_num_threads() if threads is None else threads
+        if isinstance(self._threads, bool) or not isinstance(self._threads, int) or self._threads < 1:
             raise PlanError(f"threads is {threads!r}; expected a whole number of at least 1")
         try:
             self._library = library()
@@ -78,7 +83,7 @@ class DecodePlan:
             initial = states.detach(model.init_state(1, max_len=max_len))
             self._template = initial
             state_fields, state_bytes = _layout(initial)
-            builder = Builder(slots=slots, threads=self.threads)
+            builder = Builder(slots=slots, threads=self._threads)
             _lower(model, builder, state_fields)
             self._fields = {value.name: value for value in _leaves(state_fields)}
             self._weights = _weights(model)
@@ -89,7 +94,7 @@ class DecodePlan:
     def _allocate(self, builder: Builder, state_bytes: int) -> None:
         records, limits, width = builder.finish()
         self._projections, self._kept = builder.projections, builder.kept
-        self._refusals = builder.refusals
+        self._refusals, self._observations = builder.refusals, builder.observations
         slots, workspaces = self.slots, 2 if builder.gathers else 1
         arena = Arena(aligned(slots * state_bytes) + aligned(4 * workspaces * slots * width))
         self.pool = arena.tensor((slots, state_bytes), torch.uint8)
@@ -139,13 +144,18 @@ class DecodePlan:
             tokens.data_ptr(),
             None if slots is None else slots.data_ptr(),
             self._logits.data_ptr(),
-            self.threads,
+            self._threads,
         )
         if problem == _FULL:
             self._refusals[int(self._rows[0, 1])]()
         if problem:
             raise PlanError(self._sentence(problem, tokens, slots))
         return self._logits[:batch]
+
+    @property
+    def threads(self) -> int:
+        """Threads inside projections; fixed, because memory is reserved for so many."""
+        return self._threads
 
     def write(self, slot: int, state: State) -> None:
         """Put a state of one sequence (batch 1, as the model returns it) into a slot.
@@ -186,6 +196,28 @@ class DecodePlan:
     def clear_statistics(self) -> None:
         """Begin counting again."""
         self._statistics.zero_()
+
+    @contextmanager
+    def metered(self, meter: Meter | None) -> Iterator[None]:
+        """Count for a meter what the steps inside the block do; it is told when the block ends.
+
+        Its figures are those of the model's own steps. Counting is one more pass over every input.
+
+        Args:
+            meter: to be told; None counts nothing. Rasters and subclasses of the meter want the model.
+        """
+        if meter is None:
+            yield
+            return
+        for seen in self._observations:
+            seen.clear()
+        self._plan.observing = 1
+        try:
+            yield
+        finally:
+            self._plan.observing = 0
+            for seen in self._observations:
+                _tell(meter, seen)
 
     def stale(self, model: SpikeLM) -> bool:
         """Whether the model's weights were changed or moved since the plan was built."""
@@ -234,48 +266,19 @@ class DecodePlan:
         return views
 
 
-_moved: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
-"""Where the parameters of a model are, for models whose parameters have been moved."""
-
-
-def move_weights(model: nn.Module) -> None:
-    """Put the float32 parameters of a model into one allocation of huge pages; they stay the same objects.
-
-    Left where they are: parameters that share their memory with something else (flat buffers of a distributed
-    optimiser, other processes, other parameters).
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32]
-    places = [parameter.data_ptr() for parameter in parameters]
-    if _moved.get(model) == tuple(places):
-        return
-    own = [
-        parameter
-        for parameter in parameters
-        if parameter.untyped_storage().nbytes() == 4 * parameter.numel()
-        and not parameter.is_shared()
-        and places.count(parameter.data_ptr()) == 1
-    ]
-    arena = Arena(sum(aligned(4 * parameter.numel()) for parameter in own))
-    for parameter in own:
-        home = arena.tensor(tuple(parameter.shape), torch.float32)
-        home.copy_(parameter.data)
-        parameter.data = home
-    _moved[model] = tuple(parameter.data_ptr() for parameter in parameters)
-
-
-def pack_weights(model: nn.Module) -> None:
-    """Pack the int8 matrices of a model that are not packed yet; see :func:`spikelm.weights.pack_model`."""
-    counted = [
-        module.linear
-        for module in model.modules()
-        if isinstance(module, Projection) and isinstance(module.linear, Int8Linear) and module.neuron.spiking
-    ]
-    waiting = [linear for linear in counted if linear.packed is None]
-    if waiting and len(waiting) == len(counted):
-        pack_model(model)
-        return
-    for linear in waiting:
-        linear.pack_()
+def _tell(meter: Meter, seen: Observation) -> None:
+    """Add what was counted to a meter; nothing where no token came by (an expert that nobody chose)."""
+    numbers = dict(zip(NUMBERS, seen.numbers.tolist(), strict=True))
+    if numbers["tokens"]:
+        meter.add(
+            seen.path,
+            spiking=seen.spiking,
+            in_features=seen.in_features,
+            out_features=seen.out_features,
+            magnitude=float(seen.magnitude),
+            fired=seen.fired.clone(),
+            **numbers,
+        )
 
 
 def _check_model(model: SpikeLM) -> None:
@@ -300,7 +303,7 @@ def _lower(model: SpikeLM, plan: Builder, state: Fields) -> None:
     D = model.config.hidden_size
     x = plan.register(D)
     plan.record("embed", x, D, p=(model.embedding.weight,))
-    x = plan.child(model.embedding_neuron, x, state["embedding"])
+    x = lower_fire(plan, model.embedding_neuron, x, state["embedding"])
     if model.embedding_norm is not None:
         x = plan.norm(model.embedding_norm, x)
     for layer, block in enumerate(model.blocks):

@@ -44,6 +44,10 @@ class KernelError(SpikeLMError):
     """A kernel back-end that was asked for and is not available, or that refused its inputs."""
 
 
+class GateError(KernelError):
+    """A gate or decay that is NaN or outside what its equation allows: a model or its input went wrong."""
+
+
 class PlanError(KernelError):
     """A model, part or call that a decode plan cannot run."""
 

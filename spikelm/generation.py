@@ -5,7 +5,7 @@ The state is the model's whole memory, so a token costs the same at position ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ def generate(
     ctx: Context = EMPTY,
     on_prefill: Callable[[int], None] | None = None,
     planned: bool = True,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Continue ``prompt``; one piece per token, as soon as it is known.
 
     The model works in evaluation mode meanwhile and returns to its mode when the iterator ends or is closed.
@@ -70,7 +70,7 @@ def generate(
         chunk: prompt tokens processed in parallel; changes speed and memory only.
         stop: strings that end the text; neither they nor what follows is returned.
         ignore_eos: go on after an end-of-document token.
-        ctx: a meter, if spikes are to be counted.
+        ctx: a meter, if spikes are to be counted; it is complete when the iterator has ended or is closed.
         on_prefill: called with the number of prompt tokens done after each chunk.
         planned: whether a decode plan may be used, for which the model's parameters move in memory (they stay
             the same objects); false between steps of training.
@@ -156,7 +156,7 @@ def _pieces(
     ctx: Context,
     on_prefill: Callable[[int], None] | None,
     planned: bool,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     if max_tokens == 0:
         return
     device = next(model.parameters()).device
@@ -192,6 +192,7 @@ def _pieces(
             if planned and number == 1:  # not before the first token, which need not wait for it
                 plan = leaving.enter_context(plan_of(model, len(tokens) + max_tokens))
                 if plan is not None:
+                    leaving.enter_context(plan.metered(ctx.meter))
                     plan.write(0, state if plan.max_len is None else model.reserve(state, plan.max_len))
             with torch.inference_mode():
                 if plan is not None:

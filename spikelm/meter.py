@@ -65,30 +65,72 @@ class Meter:
             rows = rows[valid.reshape(-1)]
         nonzero = rows != 0
         magnitude = rows.abs()
+        self.add(
+            path,
+            spiking=spiking,
+            in_features=x.shape[-1],
+            out_features=out_features,
+            tokens=rows.shape[0],
+            nonzero=nonzero.sum(),
+            magnitude=magnitude.sum(dtype=torch.float64),
+            at_cap=0 if cap is None else (magnitude >= cap).sum(),
+            clipped=0,
+            fired=nonzero.any(0),
+        )
+        if path in self.raster:
+            self.rasters.setdefault(path, []).append(x.detach().to("cpu", torch.float32))
+
+    def add(
+        self,
+        path: str,
+        *,
+        spiking: bool,
+        in_features: int,
+        out_features: int,
+        tokens: int,
+        nonzero: Tensor | int,
+        magnitude: Tensor | float,
+        at_cap: Tensor | int,
+        clipped: Tensor | int,
+        fired: Tensor,
+    ) -> None:
+        """Add what was counted elsewhere; the fields are those of :class:`ProjectionCount`.
+
+        Args:
+            path: of a projection, or with ``out_features`` 0 of a neuron outside projections.
+            spiking: whether the input consists of spikes.
+            in_features: values of a token.
+            out_features: rows of the weight matrix.
+            tokens: how many came by.
+            nonzero: values that were not zero.
+            magnitude: sum of their absolute values.
+            at_cap: values at the cap.
+            clipped: values that the cap made smaller.
+            fired: bool [in_features].
+        """
+        if not out_features:
+            self.outside.add(path)
         if path not in self.counts:
-            zero = torch.zeros((), dtype=torch.float64, device=x.device)
-            silent = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+            zero = torch.zeros((), dtype=torch.float64, device=fired.device)
             self.counts[path] = ProjectionCount(
                 spiking=spiking,
-                in_features=x.shape[-1],
+                in_features=in_features,
                 out_features=out_features,
                 tokens=zero,
                 nonzero=zero,
                 magnitude=zero,
                 at_cap=zero,
                 clipped=zero,
-                fired=silent,
+                fired=torch.zeros_like(fired),
             )
         entry = self.counts[path]
         # Not in place: a tensor made in inference mode could not be updated outside it.
-        entry.tokens = entry.tokens + rows.shape[0]
-        entry.nonzero = entry.nonzero + nonzero.sum()
-        entry.magnitude = entry.magnitude + magnitude.sum(dtype=torch.float64)
-        if cap is not None:
-            entry.at_cap = entry.at_cap + (magnitude >= cap).sum()
-        entry.fired = entry.fired | nonzero.any(0)
-        if path in self.raster:
-            self.rasters.setdefault(path, []).append(x.detach().to("cpu", torch.float32))
+        entry.tokens = entry.tokens + tokens
+        entry.nonzero = entry.nonzero + nonzero
+        entry.magnitude = entry.magnitude + magnitude
+        entry.at_cap = entry.at_cap + at_cap
+        entry.clipped = entry.clipped + clipped
+        entry.fired = entry.fired | fired
 
     @torch.no_grad()
     def record_clipped(self, path: str, clipped: Tensor, *, valid: Tensor | None) -> None:
@@ -107,7 +149,6 @@ class Meter:
     def record_neuron(self, path: str, y: Tensor, *, spiking: bool, valid: Tensor | None) -> None:
         """Add one call of a neuron outside projections, with its output y [B, T, D] or [B, D]."""
         if spiking:
-            self.outside.add(path)
             self.record(path, y, spiking=True, out_features=0, valid=valid, cap=None)
 
     def summary(self) -> dict[str, Any]:

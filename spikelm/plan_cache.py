@@ -17,6 +17,7 @@ import torch
 from spikelm.decoding import DecodePlan
 from spikelm.errors import PlanError
 from spikelm.kernels.dispatch import AUTO, backend
+from spikelm.meter import Meter
 from spikelm.model import SpikeLM
 from spikelm.recurrence import Context
 
@@ -27,13 +28,16 @@ _refused: WeakKeyDictionary[SpikeLM, str] = WeakKeyDictionary()
 
 
 def wanted(model: SpikeLM, ctx: Context) -> bool:
-    """Whether decoding is a plan's business: C on a CPU, nobody who looks at single projections, no training.
+    """Whether decoding is a plan's business: C on a CPU, no training, nobody who looks at single values.
+
+    A plan counts for a plain meter; rasters and histograms are made of the counts of every token.
 
     A model in training mode is left alone: its parameters belong to an optimiser, perhaps in flat buffers.
     """
     if type(model) is not SpikeLM:
         return False
-    plain = ctx.meter is None and ctx.coding is None and ctx.random is None
+    counted = ctx.meter is None or (type(ctx.meter) is Meter and not ctx.meter.raster)
+    plain = counted and ctx.coding is None and ctx.random is None
     weight = model.embedding.weight
     return (
         plain

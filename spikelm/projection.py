@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from spikelm.codings.product import expanded_product
 from spikelm.errors import PlanError
-from spikelm.kernels.plan.builder import SPIKES
-from spikelm.neurons.base import Neuron
+from spikelm.kernels.plan.builder import INT8_SPIKES, SPIKES
+from spikelm.kernels.plan.observation import Observation
+from spikelm.neurons.base import LoweredSpikes, Neuron
 from spikelm.recurrence import Context, Part, zero_invalid
 from spikelm.state import State
 from spikelm.weights import FLOAT, LARGEST, Int8Linear, build_weights
@@ -77,7 +78,29 @@ class Projection(Part):
         return self.neuron.init_state(batch, device, dtype, max_len)
 
     def _product(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        whole = isinstance(self.linear, Int8Linear) and self.neuron.spiking
+        if whole and ctx.coding is None and self.parallel is None and not torch.is_grad_enabled():
+            return self._integer_product(x, state, ctx)
         spikes, scale, state = self.neuron.encode(x, state, ctx)
+        self._report(x, spikes, scale, ctx)
+        parallel = self.parallel
+        y = self.multiply(spikes, ctx) if parallel is None else parallel.product(self, spikes, ctx)
+        if scale is not None:
+            y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return (y.to(x.dtype) if isinstance(self.linear, Int8Linear) else y), state
+
+    def _integer_product(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """The same bits without gradients: counts stay int8, and scale and bias are part of the product."""
+        # A meter is shown counts that are NaN as such.
+        encode = self.neuron.encode if ctx.meter is not None else self.neuron.encode_int8
+        spikes, scale, state = encode(x, state, ctx)
+        self._report(x, spikes, scale, ctx)
+        return self.linear(spikes, scale, self.bias).to(x.dtype), state
+
+    def _report(self, x: Tensor, spikes: Tensor, scale: Tensor | None, ctx: Context) -> None:
+        """Tell the meter what reaches the weights."""
         if ctx.meter is not None:
             ctx.meter.record(
                 self.path,
@@ -90,13 +113,6 @@ class Projection(Part):
             clipped = self.neuron.clipped(x, spikes, scale)
             if clipped is not None:
                 ctx.meter.record_clipped(self.path, clipped, valid=ctx.valid)
-        parallel = self.parallel
-        y = self.multiply(spikes, ctx) if parallel is None else parallel.product(self, spikes, ctx)
-        if scale is not None:
-            y = (y * scale).to(y.dtype)  # the scale keeps its precision: small ones underflow in float16
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return (y.to(x.dtype) if isinstance(self.linear, Int8Linear) else y), state
 
     def multiply(self, spikes: Tensor, ctx: Context) -> Tensor:
         """Spikes times weights; float32 for int8 weights, else the weights' dtype."""
@@ -120,6 +136,7 @@ class Projection(Part):
             raise PlanError(f"{self.path} has {type(self.linear).__name__} weights, which have no records")
         weight, y = self.linear.weight, plan.register(self.out_features)
         spikes = self.neuron.lower_spikes(plan, x, state)
+        self._observe(plan, spikes)
         row = plan.statistics(self.path, self.in_features, self.out_features)
         plan.record(
             "linear",
@@ -135,6 +152,7 @@ class Projection(Part):
         row = plan.statistics(self.path, self.in_features, self.out_features)
         if not self.neuron.spiking:
             values = self.neuron.lower(plan, x, state)
+            self._observe(plan, LoweredSpikes(values=values))
             plan.record(
                 "linear_int8_float",
                 *(values, y, row),
@@ -149,12 +167,30 @@ class Projection(Part):
         )
         plan.need_scratch(plan.int8_scratch(weights))
         spikes = self.neuron.lower_spikes(plan, x, state, integer=True)
+        self._observe(plan, spikes)
         plan.record(
             "linear_int8",
             *(cast("Register", spikes.counts), y, -1 if spikes.scale is None else spikes.scale, row),
             p=(weights, bias),
         )
         return y
+
+    def _observe(self, plan: Builder, spikes: LoweredSpikes) -> None:
+        """What :meth:`_product` tells a meter."""
+        values = spikes.values if spikes.counts is None else spikes.counts
+        clipped = spikes.before is not None and spikes.scale is not None
+        plan.observe(
+            Observation(
+                path=self.path,
+                spiking=self.neuron.spiking,
+                in_features=self.in_features,
+                out_features=self.out_features,
+                cap=getattr(self.neuron, "cap", None),
+            ),
+            cast("Register", values),
+            cast("tuple[Register, Register]", (spikes.before, spikes.scale)) if clipped else None,
+            flags=0 if spikes.counts is None else INT8_SPIKES,
+        )
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """One token: x [B, D] -> y [B, D']."""

@@ -16,7 +16,6 @@ import builtins
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spikelm.data import vocabulary
+from spikelm.data import vocabulary, vocabulary_training
 from spikelm.data.compressed import decode_utf8, read_bytes
 from spikelm.data.decode_stream import ByteStream, DecodeStream, TextStream
 from spikelm.data.plain_text import checked, split_lines, utf8
@@ -149,20 +148,8 @@ class Tokenizer:
         Raises:
             DataError: ``vocab_size`` leaves no room for the bytes, or the special tokens repeat.
         """
-        cls.check_training(vocab_size, special_tokens)
-        library = _tokenizers_library()
-        core = library.Tokenizer(library.models.BPE())
-        core.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        core.decoder = library.decoders.ByteLevel()
-        trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=min_frequency,
-            special_tokens=list(special_tokens),
-            initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=show_progress,
-        )
-        core.train_from_iterator((part for text in texts for part in split_lines(checked(text))), trainer)
-        return cls(json.loads(core.to_str()), where="the trained tokenizer")
+        spec = vocabulary_training.bpe(texts, vocab_size, special_tokens, min_frequency, show_progress)
+        return cls(spec, where="the trained tokenizer")
 
     @classmethod
     def characters(
@@ -186,28 +173,13 @@ class Tokenizer:
         Raises:
             DataError: ``vocab_size`` leaves no room for ASCII and the bytes, or the special tokens repeat.
         """
-        cls.check_training(256 + len(special_tokens) if vocab_size is None else vocab_size, special_tokens)
-        seen: Counter[str] = Counter()
-        for text in texts:
-            seen.update(checked(text))
-        wanted = (char for char, count in seen.items() if ord(char) >= 128 and count >= min_frequency)
-        ordered = sorted(wanted, key=lambda char: (-seen[char], char))
-        if vocab_size is not None:
-            ordered = ordered[: vocab_size - 256 - len(special_tokens)]
-        spec = vocabulary.character_spec(ordered, special_tokens)
+        spec = vocabulary_training.characters(texts, vocab_size, special_tokens, min_frequency)
         return cls(spec, where="the character tokenizer")
 
     @staticmethod
     def check_training(vocab_size: int, special_tokens: Sequence[str]) -> None:
         """Raise :class:`DataError` where :meth:`train_bpe` would, before any text is read."""
-        least = 256 + len(special_tokens)
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < least:
-            raise DataError(
-                f"vocab_size is {vocab_size!r}; expected an integer of at least {least} "
-                f"(256 for the bytes, {len(special_tokens)} for special tokens)"
-            )
-        if len(set(special_tokens)) != len(special_tokens) or "" in special_tokens:
-            raise DataError(f"special tokens must be different and not empty; got {list(special_tokens)}")
+        vocabulary_training.check_training(vocab_size, special_tokens)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and the chat template into ``folder``."""
@@ -318,7 +290,7 @@ class Tokenizer:
 
     @cached_property
     def _core(self) -> tokenizers.Tokenizer:
-        library = _tokenizers_library()
+        library = vocabulary_training.tokenizers_library()
         try:
             core: tokenizers.Tokenizer = library.Tokenizer.from_str(json.dumps(self._spec))
         except Exception as error:  # the library raises bare Exception
@@ -327,7 +299,9 @@ class Tokenizer:
 
     @cached_property
     def _plain_core(self) -> tokenizers.Tokenizer:
-        core: tokenizers.Tokenizer = _tokenizers_library().Tokenizer.from_str(json.dumps(self._spec))
+        core: tokenizers.Tokenizer = vocabulary_training.tokenizers_library().Tokenizer.from_str(
+            json.dumps(self._spec)
+        )
         core.encode_special_tokens = True  # "encode special tokens as text", in that library's words
         return core
 
@@ -411,13 +385,3 @@ def _companions(folder: Path) -> tuple[dict[str, Any], str | None]:
         return config, decode_utf8(read_bytes(path), str(path))
     template = config.get("chat_template")
     return config, template if isinstance(template, str) else None
-
-
-def _tokenizers_library() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise DataError(
-            "this tokenizer needs the package 'tokenizers', which is not installed: pip install tokenizers"
-        ) from error
-    return tokenizers

@@ -126,11 +126,27 @@ class Int8Linear(nn.Module):
             self.register_buffer("scales", scales)
         return self
 
-    def forward(self, counts: Tensor) -> Tensor:
-        """Exact product with whole numbers: counts [.., D], at most 127 -> float32 [.., O]."""
+    def forward(self, counts: Tensor, threshold: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Exact product with whole numbers, times what a count stands for, plus a bias.
+
+        Args:
+            counts: [.., D], at most 127.
+            threshold: [.., 1]; None for 1. With it there is no gradient.
+            bias: [O]; None for 0.
+
+        Returns:
+            float32 [.., O] (the scales' dtype): ``(product * threshold).to(float32) + bias``, with these bits
+            also where it is done in one pass.
+        """
         if self._uses_packed(counts) and not (torch.is_grad_enabled() and counts.requires_grad):
-            return int8_linear_packed(counts, cast(PackedInt8, self.packed))
-        return int8_linear(counts, self.weight, self.scales, self.group_size)
+            packed = cast(PackedInt8, self.packed)
+            if threshold is None or threshold.dtype == torch.float32:
+                bias = None if bias is None else bias.float()
+                return int8_linear_packed(counts, packed, threshold=threshold, bias=bias)
+            y = int8_linear_packed(counts, packed)
+            y = (y * threshold).to(y.dtype)
+            return y if bias is None else y + bias.to(y.dtype)
+        return int8_linear(counts, self.weight, self.scales, self.group_size, threshold=threshold, bias=bias)
 
     def integer_sums(self, counts: Tensor) -> Tensor:
         """Exact inner sums before any scale: counts [.., D] -> int32 [groups, .., O]."""
@@ -213,9 +229,9 @@ def pack_model(model: nn.Module, firing: Mapping[str, float] | None = None) -> i
     All share one allocation, in the order of the model. Matrices without a neuron in front stay as they are.
 
     Args:
-        model: a model on the CPU.
-        firing: path of a projection -> silent share of its input counts; None for ``model.firing``, what its
-            checkpoint says. What is not listed is dense.
+        model: a model on the CPU, or what wraps one (:mod:`spikelm.hf`).
+        firing: path of a projection in the model -> silent share of its input counts; None for the model's
+            ``firing``, what its checkpoint says. What is not listed is dense.
 
     Returns:
         Matrices that were packed.
@@ -223,11 +239,12 @@ def pack_model(model: nn.Module, firing: Mapping[str, float] | None = None) -> i
     Raises:
         KernelError: an unknown path, weights that are not on the CPU, or C that cannot be compiled here.
     """
-    silent = dict(getattr(model, "firing", {}) if firing is None else firing)
+    silent = dict(_firing_of(model) if firing is None else firing)
     found: dict[str, Int8Linear] = {}
     paths = set()
-    for path, module in model.named_modules():
+    for name, module in model.named_modules():
         linear, neuron = getattr(module, "linear", None), getattr(module, "neuron", None)
+        path = getattr(module, "path", "") or name  # a wrapper's names begin with its own
         if neuron is not None:
             paths.add(path)
         if isinstance(linear, Int8Linear) and getattr(neuron, "spiking", False):
@@ -244,6 +261,12 @@ def pack_model(model: nn.Module, firing: Mapping[str, float] | None = None) -> i
     for path, linear in found.items():
         linear.pack_(layouts[path], arena)
     return len(found)
+
+
+def _firing_of(model: nn.Module) -> Mapping[str, float]:
+    """What the checkpoint of a model says of its inputs, also through what wraps the model."""
+    found = (getattr(module, "firing", None) for module in model.modules())
+    return next((firing for firing in found if firing is not None), {})
 
 
 def build_weights(spec: Mapping[str, Any], in_features: int, out_features: int) -> nn.Module:

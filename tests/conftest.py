@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +70,39 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+SANITIZERS = ("libasan.so", "libubsan.so", "libstdc++.so")
+
+
+@pytest.fixture
+def sanitized(tmp_path: Path) -> dict[str, str]:
+    """Environment of a process whose kernels stop at a wrong access or an undefined operation.
+
+    Its kernels are built into ``tmp_path / "cache"``. Skips the test where the compiler has no sanitizers.
+    """
+    from spikelm.errors import KernelError
+    from spikelm.kernels.compile import compiler_command
+
+    try:
+        (compiler, *_) = compiler_command()
+    except KernelError as error:
+        pytest.skip(str(error))
+    # The sanitizers' runtime must be the first library of a process that was not built with it.
+    preload = []
+    for name in SANITIZERS:
+        found = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        if not Path(found).is_absolute():
+            pytest.skip(f"the compiler has no {name}")
+        preload.append(found)
+    return {
+        **os.environ,
+        "CC": f"{compiler} -g -fsanitize=address,undefined,float-cast-overflow",
+        "SPIKELM_CACHE": str(tmp_path / "cache"),
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+    }

@@ -18,7 +18,8 @@ from spikelm.hf import (
 )
 from spikelm.recurrence import Context
 
-SMALL = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 2}
+from . import wrapped
+from .wrapped import SMALL, tokens
 
 
 def neuron(**rate_target: float) -> dict[str, object]:
@@ -27,16 +28,7 @@ def neuron(**rate_target: float) -> dict[str, object]:
 
 
 def small(**values: object) -> SpikeLMForCausalLM:
-    torch.manual_seed(3)
-    model = SpikeLMForCausalLM(SpikeLMConfig(**SMALL, **values))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.train()
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(0, 23, shape, generator=torch.Generator().manual_seed(1))
+    return wrapped.small(**values).train()
 
 
 class Rows(torch.utils.data.Dataset):

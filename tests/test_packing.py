@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikelm.checkpoint import load_model, read_firing, save_checkpoint
+from spikelm.checkpoint import load_model, save_checkpoint
 from spikelm.codings import build_coding
 from spikelm.config import ModelConfig
 from spikelm.errors import CheckpointError, KernelError, ShapeError
+from spikelm.firing import read_firing
 from spikelm.kernels.dispatch import available, use_backend
 from spikelm.kernels.int8_linear.packing import PackedInt8
 from spikelm.model import SpikeLM

@@ -60,8 +60,10 @@ class Backend(abc.ABC):
         model: the core model (never a wrapper).
         device: where batches go.
         ranks: this process among those of the run.
+        forward_alone: whether a rank's forward pass waits for no other rank, so that it may end early.
     """
 
+    forward_alone = True
     name: str
     model: SpikeLM
     device: torch.device

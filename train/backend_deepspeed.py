@@ -56,6 +56,7 @@ class DeepSpeedBackend(Backend):
         self.device, self.ranks = device, ranks
         self.stage = stage_of(settings)
         self.name = f"deepspeed-zero{self.stage}"
+        self.forward_alone = self.stage < 3  # weights that are split are gathered layer by layer
         self.model = model.to(device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self._clip = config.optim.clip

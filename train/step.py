@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spikelm import state as states
-from spikelm.errors import TrainingError
+from spikelm.errors import GateError, TrainingError
 from spikelm.meter import Meter
 from spikelm.recurrence import Context
 from spikelm.state import State
@@ -141,8 +141,14 @@ class StepRunner:
             lane = batch.first - first
             state = self._lanes.get(lane) if self._carried else None
             with watch.phase("forward", allowance=first_of_all):
-                output = backend.loss(batch.inputs, batch.targets, state, ctx, last=last_one)
-                value = float(output.loss.detach())
+                try:
+                    output = backend.loss(batch.inputs, batch.targets, state, ctx, last=last_one)
+                    value = float(output.loss.detach())
+                except GateError:
+                    # Kernels on CPUs refuse what would have made the loss NaN; this is the same bad step.
+                    if not backend.forward_alone:
+                        raise
+                    value = math.nan
             if not ranks.agree(math.isfinite(value)):
                 backend.clear_gradients()
                 return StepOutcome(

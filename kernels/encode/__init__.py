@@ -97,10 +97,11 @@ def adaptive_encode(
 
     Raises:
         ShapeError: x is a scalar or not floating.
-        KernelError: a back-end that was asked for and is not available.
+        KernelError: a k that is not above 0, a dead zone below 0, a cap below 1, one of them NaN, or a
+            back-end that was asked for and is not available.
     """
-    _check("adaptive_encode", x, mean)
-    name, dtype = _choose(x), _working_dtype(x)
+    _check("adaptive_encode", x, mean, k, dead_zone, cap)
+    name, dtype = _choose(x, "encode"), _working_dtype(x)
     given = None if mean is None else mean.detach().to(dtype)
     # GPU kernels read half precision as it is.
     return _FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
@@ -128,12 +129,13 @@ def adaptive_encode_int8(
 
     Raises:
         ShapeError: x is a scalar or not floating, or ``mean`` does not fit.
-        KernelError: a cap beyond int8, or a back-end that was asked for and is not available.
+        KernelError: a k that is not above 0, a dead zone below 0, one of them NaN, a cap beyond int8, or a
+            back-end that was asked for and is not available.
     """
-    _check("adaptive_encode_int8", x, mean)
     if not 1 <= cap <= LARGEST:
         raise KernelError(f"adaptive_encode_int8 got cap {cap}; int8 counts need one from 1 to {LARGEST}")
-    name, dtype, x = _choose(x), _working_dtype(x), x.detach()
+    _check("adaptive_encode_int8", x, mean, k, dead_zone, cap)
+    name, dtype, x = _choose(x, "encode_int8"), _working_dtype(x), x.detach()
     given = None if mean is None else mean.detach().to(dtype)
     return _INT8_FORMS[name](x if name == "triton" else x.to(dtype), k, dead_zone, cap, given)
 
@@ -153,7 +155,23 @@ def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
         ShapeError: shapes, dtypes or devices that do not fit.
         KernelError: a back-end that was asked for and is not available.
     """
-    if counts.dim() == 0 or not (counts.is_floating_point() or counts.dtype == torch.int8):
+    _check_decode(counts, threshold)
+    name = choose("encode", counts.device, kernel="decode", dtype=counts.dtype)
+    return _DECODE_FORMS[name](counts, threshold)
+
+
+def _choose(x: Tensor, kernel: str) -> str:
+    name = choose("encode", x.device, kernel=kernel, dtype=x.dtype)
+    # GPU kernels compute in float32.
+    return "torch" if name == "triton" and x.dtype == torch.float64 and backend() == AUTO else name
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_decode(counts: Tensor, threshold: Tensor) -> None:
+    if counts.dim() == 0 or not (counts.dtype == torch.int8 or counts.is_floating_point()):
         raise ShapeError(
             f"decode_counts needs int8 or floating counts [.., D], got {counts.dtype} {list(counts.shape)}"
         )
@@ -166,20 +184,14 @@ def decode_counts(counts: Tensor, threshold: Tensor) -> Tensor:
             f"decode_counts needs a threshold {[*counts.shape[:-1], 1]} of float32 or float64 on "
             f"{counts.device}, got {threshold.dtype} {list(threshold.shape)} on {threshold.device}"
         )
-    return _DECODE_FORMS[choose("encode", counts.device)](counts, threshold)
 
 
-def _choose(x: Tensor) -> str:
-    name = choose("encode", x.device)
-    # GPU kernels compute in float32.
-    return "torch" if name == "triton" and x.dtype == torch.float64 and backend() == AUTO else name
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check(name: str, x: Tensor, mean: Tensor | None) -> None:
+def _check(name: str, x: Tensor, mean: Tensor | None, k: float, dead_zone: float, cap: int) -> None:
+    if not (0 < k < torch.inf and 0 <= dead_zone < torch.inf and cap >= 1):
+        raise KernelError(
+            f"{name} got k={k}, dead_zone={dead_zone}, cap={cap}; "
+            "expected a finite k above 0, a finite dead zone of at least 0 and a cap of at least 1"
+        )
     if x.dim() == 0 or not x.is_floating_point():
         raise ShapeError(f"{name} needs floating x [.., D], got {x.dtype} {list(x.shape)}")
     if mean is not None and (

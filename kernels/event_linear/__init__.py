@@ -44,12 +44,7 @@ def event_linear(x: Tensor, wt: Tensor) -> Tensor:
         ShapeError: shapes or dtypes that do not fit.
         KernelError: a back-end that was asked for and is not available, or Triton with another dtype.
     """
-    if wt.dim() != 2 or x.dim() == 0 or x.shape[-1] != wt.shape[0]:
-        raise ShapeError(
-            f"event_linear needs x [.., D] and wt [D, O], got {list(x.shape)} and {list(wt.shape)}"
-        )
-    if x.dtype != wt.dtype or not x.is_floating_point():
-        raise ShapeError(f"event_linear needs x and wt of one floating dtype, got {x.dtype} and {wt.dtype}")
+    _check(x, wt)
     name = choose("event_linear", x.device, dtype=str(x.dtype).removeprefix("torch."))
     if name == "triton" and x.dtype not in DTYPES:
         if backend() == "triton":
@@ -59,6 +54,17 @@ def event_linear(x: Tensor, wt: Tensor) -> Tensor:
     wants = torch.is_grad_enabled() and (x.requires_grad or wt.requires_grad)
     y = rows @ wt if wants or rows.shape[0] > BATCH else _FORMS[name](rows, wt)
     return y.reshape(*x.shape[:-1], wt.shape[1])
+
+
+def _check(x: Tensor, wt: Tensor) -> None:
+    if wt.dim() != 2 or x.dim() == 0 or x.shape[-1] != wt.shape[0]:
+        raise ShapeError(
+            f"event_linear needs x [.., D] and wt [D, O], got {list(x.shape)} and {list(wt.shape)}"
+        )
+    if x.dtype != wt.dtype or not x.is_floating_point():
+        raise ShapeError(f"event_linear needs x and wt of one floating dtype, got {x.dtype} and {wt.dtype}")
+    if x.device != wt.device:
+        raise ShapeError(f"event_linear needs wt on {x.device} like x, got it on {wt.device}")
 
 
 def spmv(x: Tensor, wt: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gated_delta import autograd, chunked, reference
 from spikelm.kernels.gated_delta.decode import gated_delta_decode
+from spikelm.kernels.gates import looks, refuse_decay, refuse_not_finite
 from spikelm.kernels.masks import check_companions, check_masks
 
 __all__ = ["gated_delta", "gated_delta_decode"]
@@ -67,11 +68,11 @@ def gated_delta(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
+        GateError: on CPUs, at a valid token, a decay that is NaN or above zero or a strength that is not
+            finite. Not seen on GPUs, where a look at the values would stop the queue.
         KernelError: a back-end that was asked for and is not available.
     """
-    _check(q, k, v, g, beta, state)
-    check_companions("gated_delta", k, q=q, v=v, g=g, beta=beta, state=state)
-    check_masks(k, reset, valid)
+    _check(q, k, v, g, beta, state, reset, valid)
     name = choose(
         "gated_delta",
         k.device,
@@ -87,6 +88,9 @@ def gated_delta(
             found: tuple[Tensor, Tensor] = triton.gated_delta(q, k, v, g, beta, state, scale, reset, valid)
             return found
         name = "torch"
+    if name != "c" and looks(g, beta, valid):  # the C form sees it on its way
+        refuse_decay("gated_delta", "g", g, valid)
+        refuse_not_finite("gated_delta", "beta", beta, valid)
     form = _FORMS[name]
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
     with _full_precision(k.device):
@@ -111,24 +115,39 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
-    if k.dim() != 4 or not k.is_floating_point():
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> None:
+    """Everything but values. Shapes are asked for once and compared number by number: slices cost most."""
+    keys, queries, values = k.shape, q.shape, v.shape
+    if len(keys) != 4 or not k.is_floating_point():
         raise ShapeError(f"gated_delta needs floating k [B, T, G, K], got {k.dtype} {list(k.shape)}")
-    batch, steps, heads, features = k.shape
-    if q.dim() != 4 or (*q.shape[:2], q.shape[3]) != (batch, steps, features) or q.shape[2] % max(heads, 1):
+    batch, steps, heads, features = keys
+    fits = len(queries) == 4 and queries[0] == batch and queries[1] == steps and queries[3] == features
+    if not fits or queries[2] % (heads or 1):
         raise ShapeError(
             f"gated_delta needs q [{batch}, {steps}, a multiple of {heads} heads, {features}] "
             f"for k {list(k.shape)}, got {list(q.shape)}"
         )
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+    if len(values) != 4 or values[0] != batch or values[1] != steps or values[2] != heads:
         raise ShapeError(f"gated_delta needs v [{batch}, {steps}, {heads}, V], got {list(v.shape)}")
+    tokens = (batch, steps, heads)
     for name, x, shape in (
-        ("g", g, (batch, steps, heads)),
-        ("beta", beta, (batch, steps, heads)),
-        ("state", state, (batch, heads, features, v.shape[3])),
+        ("g", g, tokens),
+        ("beta", beta, tokens),
+        ("state", state, (batch, heads, features, values[3])),
     ):
         if x.shape != shape:
             raise ShapeError(
                 f"gated_delta needs {name} {list(shape)} for k {list(k.shape)} and v {list(v.shape)}, "
                 f"got {list(x.shape)}"
             )
+    check_companions("gated_delta", k, q=q, v=v, g=g, beta=beta, state=state)
+    check_masks(k, reset, valid)

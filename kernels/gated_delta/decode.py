@@ -8,6 +8,7 @@ from torch import Tensor
 from spikelm.errors import KernelError, ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
 from spikelm.kernels.gated_delta import reference
+from spikelm.kernels.gates import looks, refuse_decay, refuse_not_finite
 from spikelm.kernels.slots import check_slots
 
 
@@ -42,6 +43,8 @@ def gated_delta_decode(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
+        GateError: on CPUs, of a row with a slot, a decay that is NaN or above zero or a strength that is not
+            finite; no state has changed then.
         KernelError: a back-end that was asked for and is not available.
     """
     _check(q, k, v, g, beta)
@@ -89,6 +92,9 @@ def step_in_pool(
         own = slots[busy].long()
         queries = q[busy].to(pool.dtype).unflatten(1, (k.shape[1], -1))
         keys, values, gates, betas = (x[busy].to(pool.dtype) for x in (k, v, g, beta))
+        if looks(gates, betas):  # before any state changes
+            refuse_decay("gated_delta_decode", "g of the busy rows", gates)
+            refuse_not_finite("gated_delta_decode", "beta of the busy rows", betas)
         o, state = reference.step(queries, keys, values, gates, betas, pool[own], scale)
         pool[own] = state
         out = v.new_zeros(*q.shape[:2], v.shape[2])

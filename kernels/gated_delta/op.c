@@ -40,8 +40,21 @@ static struct group group_of(int64_t steps, int64_t heads, int64_t groups, int64
     return group;
 }
 
-static void forward_group(const struct group *group, const struct delta *own, const real *beta,
-                          const real *state_in, real *o, real *state_out, real *states) {
+/* Whether a write strength of a piece is NaN or infinite. */
+static int wrong_strengths(const struct group *group, const struct piece *piece, const real *beta) {
+    int wrong = 0;
+    for (int64_t t = 0; t < piece->count; t++) {
+        if (!piece->valid || piece->valid[t]) {
+            wrong |= any_not_finite(1, beta + (piece->first + t) * group->g_token);
+        }
+    }
+    return wrong;
+}
+
+/* Returns whether a gate or a strength is none (see wrong_gates). */
+static int forward_group(const struct group *group, const struct delta *own, const real *beta,
+                         const real *state_in, real *o, real *state_out, real *states) {
+    int wrong = 0;
     const struct rows row = own->row;
     const int64_t keys = group->key_dim, values = group->value_dim;
     load_rows(keys, values, state_in, values, own->state, row.value);
@@ -57,10 +70,12 @@ static void forward_group(const struct group *group, const struct delta *own, co
                 memset(own->state, 0, (size_t)(keys * row.value) * sizeof(real));
             }
             delta_forward(group, &piece, own, beta, group->g_token, o);
+            wrong |= wrong_gates(group, &piece) | wrong_strengths(group, &piece, beta);
             first += piece.count;
         }
     }
     store_rows(keys, values, own->state, row.value, state_out, values);
+    return wrong;
 }
 
 /* The pieces of one chunk from the last to the first; `state_in` is the one at the chunk's start. */
@@ -89,8 +104,9 @@ static void backward_chunk(const struct group *group, const struct delta_backwar
 }
 
 /* One token: no chunk, the same bits as the step of a decode plan. */
-static void step_group(const struct group *group, const real *beta, const real *state_in, real *o,
-                       real *state_out) {
+static int step_group(const struct group *group, const real *beta, const real *state_in, real *o,
+                      real *state_out) {
+    const struct piece piece = piece_of(group, 0, 1);
     const size_t size = (size_t)(group->key_dim * group->value_dim) * sizeof(real);
     if (group->reset && group->reset[0]) {
         memset(state_out, 0, size);
@@ -103,6 +119,7 @@ static void step_group(const struct group *group, const real *beta, const real *
         gated_delta_step_group(group->share, group->key_dim, group->value_dim, group->scale, group->q, group->k,
                                group->v, group->g[0], beta[0], state_out, o);
     }
+    return wrong_gates(group, &piece) | wrong_strengths(group, &piece, beta);
 }
 
 /* Values of scratch that one thread needs. */
@@ -118,15 +135,17 @@ int64_t gated_delta_scratch(int64_t heads, int64_t groups, int64_t key_dim, int6
     return free - origin;
 }
 
-/* states [B][G][chunks][K][V], those at the chunks' starts, may be NULL; scratch [threads][scratch_size]. */
-void gated_delta_forward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, int64_t key_dim,
-                         int64_t value_dim, double scale, const real *q, const real *k, const real *v,
-                         const real *g, const real *beta, const real *state_in, const uint8_t *reset,
-                         const uint8_t *valid, real *o, real *state_out, real *states, real *scratch,
-                         int64_t scratch_size, int threads) {
+/* states [B][G][chunks][K][V], those at the chunks' starts, may be NULL; scratch [threads][scratch_size].
+ * Returns whether at a valid token g is NaN or above zero, or beta not finite: the results are then of no use. */
+int gated_delta_forward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, int64_t key_dim,
+                        int64_t value_dim, double scale, const real *q, const real *k, const real *v,
+                        const real *g, const real *beta, const real *state_in, const uint8_t *reset,
+                        const uint8_t *valid, real *o, real *state_out, real *states, real *scratch,
+                        int64_t scratch_size, int threads) {
     const int64_t size = key_dim * value_dim, chunks = (steps + CHUNK - 1) / CHUNK;
+    int wrong = 0;
     (void)threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(| : wrong)
     for (int64_t task = 0; task < batch * groups; task++) {
         struct group group =
             group_of(steps, heads, groups, key_dim, value_dim, task, scale, q, k, v, g, reset, valid);
@@ -136,7 +155,7 @@ void gated_delta_forward(int64_t batch, int64_t steps, int64_t heads, int64_t gr
         real *kept = states ? states + task * chunks * size : NULL;
         add_target(&group, o_group, group.o_token, group.share * value_dim);
         if (steps == 1) {
-            step_group(&group, strength, state, o_group, state_out + task * size);
+            wrong |= step_group(&group, strength, state, o_group, state_out + task * size);
             if (kept) {
                 memcpy(kept, state, (size_t)size * sizeof(real));
             }
@@ -145,8 +164,9 @@ void gated_delta_forward(int64_t batch, int64_t steps, int64_t heads, int64_t gr
         struct delta own;
         real *free = scratch + thread_number() * scratch_size;
         take_delta(&own, &group, &free);
-        forward_group(&group, &own, strength, state, o_group, state_out + task * size, kept);
+        wrong |= forward_group(&group, &own, strength, state, o_group, state_out + task * size, kept);
     }
+    return wrong;
 }
 
 void gated_delta_backward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, int64_t key_dim,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
+from spikelm.kernels.gates import looks, refuse_decay
 from spikelm.kernels.gla import autograd, chunked, reference
 from spikelm.kernels.gla.decode import gla_decode
 from spikelm.kernels.masks import check_companions, check_masks
@@ -79,11 +80,11 @@ def gla(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
+        GateError: on CPUs, a gate at a valid token that is NaN or above zero. Not seen on GPUs, where a look
+            at the values would stop the queue.
         KernelError: a back-end that was asked for and is not available.
     """
-    _check(q, k, v, g, state)
-    check_companions("gla", q, k=k, v=v, g=g, state=state)
-    check_masks(q, reset, valid)
+    _check(q, k, v, g, state, reset, valid)
     name = choose(
         "gla",
         q.device,
@@ -100,6 +101,8 @@ def gla(
             found: tuple[Tensor, Tensor] = triton.gla(q, k, v, g, state, scale, reset, valid)
             return found
         name = "torch"
+    if name != "c" and g is not None and looks(g, valid):  # the C form sees it on its way
+        refuse_decay("gla", "g", g, valid)
     form = _FORMS[name]
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, g))
     dtype = torch.float64 if wide else torch.float32
@@ -122,24 +125,39 @@ def _full_precision(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> None:
-    if q.dim() != 4 or not q.is_floating_point():
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> None:
+    """Everything but values. Shapes are asked for once and compared number by number: slices cost most."""
+    sizes, keys, values = q.shape, k.shape, v.shape
+    if len(sizes) != 4 or not q.is_floating_point():
         raise ShapeError(f"gla needs floating q [B, T, H, K], got {q.dtype} {list(q.shape)}")
-    batch, steps, heads, width = q.shape
-    if k.dim() != 4 or k.shape[:2] != (batch, steps) or k.shape[3] != width:
+    batch, steps, heads, width = sizes
+    if len(keys) != 4 or keys[0] != batch or keys[1] != steps or keys[3] != width:
         raise ShapeError(
             f"gla needs k [{batch}, {steps}, G, {width}] for q {list(q.shape)}, got {list(k.shape)}"
         )
-    groups = k.shape[2]
+    groups = keys[2]
     if groups == 0 or heads % groups:
         raise ShapeError(f"gla got {heads} query heads and {groups} key heads; expected a multiple of them")
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+    if len(values) != 4 or values[0] != batch or values[1] != steps or values[2] != groups:
         raise ShapeError(f"gla needs v [{batch}, {steps}, {groups}, V], got {list(v.shape)}")
-    if g is not None and (g.dim() != 4 or g.shape[:3] != k.shape[:3] or g.shape[3] not in (1, width)):
-        raise ShapeError(
-            f"gla needs g [{batch}, {steps}, {groups}, {width}] (or a last dimension of 1), "
-            f"got {list(g.shape)}"
-        )
-    expected = (batch, groups, width, v.shape[3])
+    if g is not None:
+        gates = g.shape
+        fits = len(gates) == 4 and gates[0] == batch and gates[1] == steps and gates[2] == groups
+        if not fits or (gates[3] != 1 and gates[3] != width):
+            raise ShapeError(
+                f"gla needs g [{batch}, {steps}, {groups}, {width}] (or a last dimension of 1), "
+                f"got {list(g.shape)}"
+            )
+    expected = (batch, groups, width, values[3])
     if state.shape != expected:
         raise ShapeError(f"gla needs a state {list(expected)} for these k and v, got {list(state.shape)}")
+    check_companions("gla", q, k=k, v=v, g=g, state=state)
+    check_masks(q, reset, valid)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikelm.errors import KernelError, ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
+from spikelm.kernels.gates import looks, refuse_decay
 from spikelm.kernels.gla import reference
 from spikelm.kernels.slots import check_slots
 
@@ -33,6 +34,7 @@ def gla_decode(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
+        GateError: on CPUs, a gate of a row with a slot that is NaN or above zero; no state has changed then.
         KernelError: a back-end that was asked for and is not available.
     """
     _check(q, k, v, g)
@@ -81,6 +83,8 @@ def step_in_pool(
         own = slots[busy].long()
         queries, keys, values = (x[busy].to(pool.dtype) for x in (q, k, v))
         gates = None if g is None else g[busy].to(pool.dtype)
+        if gates is not None and looks(gates):  # before any state changes
+            refuse_decay("gla_decode", "g of the busy rows", gates)
         o, state = reference.step(queries, keys, values, gates, pool[own], scale)
         pool[own] = state
         out = v.new_zeros(*q.shape[:2], v.shape[2])

@@ -66,8 +66,10 @@ static struct group group_of(const struct sizes *sizes, int64_t task, double sca
     return group;
 }
 
-static void forward_group(const struct group *group, const struct own *own, int by_channel, const real *state_in,
-                          real *o, real *state_out, real *states) {
+/* Returns whether a gate is none (see wrong_gates). */
+static int forward_group(const struct group *group, const struct own *own, int by_channel, const real *state_in,
+                         real *o, real *state_out, real *states) {
+    int wrong = 0;
     const struct rows row = rows_of(group);
     const int64_t size = group->key_dim * group->value_dim;
     real *state = by_channel ? own->channel.forward.state : own->head.forward.state;
@@ -88,10 +90,12 @@ static void forward_group(const struct group *group, const struct own *own, int 
             } else {
                 head_forward(group, &piece, &own->head.forward, o);
             }
+            wrong |= wrong_gates(group, &piece);
             first += piece.count;
         }
     }
     store_rows(group->key_dim, group->value_dim, state, row.value, state_out, group->value_dim);
+    return wrong;
 }
 
 /* The pieces of one chunk from the last to the first; `state` is the one at the chunk's start. */
@@ -139,7 +143,8 @@ static void backward_group(const struct group *group, const struct own *own, int
 }
 
 /* One token: no chunk, the same bits as the step of a decode plan. */
-static void step_group(const struct group *group, const real *state_in, real *o, real *state_out) {
+static int step_group(const struct group *group, const real *state_in, real *o, real *state_out) {
+    const struct piece piece = piece_of(group, 0, 1);
     const size_t size = (size_t)(group->key_dim * group->value_dim) * sizeof(real);
     if (group->reset && group->reset[0]) {
         memset(state_out, 0, size);
@@ -152,6 +157,7 @@ static void step_group(const struct group *group, const real *state_in, real *o,
         gla_step_group(group->share, group->key_dim, group->value_dim, group->gates, group->scale, group->q,
                        group->k, group->v, group->g, state_out, o);
     }
+    return wrong_gates(group, &piece);
 }
 
 /* Values of scratch that one thread needs. */
@@ -163,15 +169,17 @@ int64_t gla_scratch(int64_t heads, int64_t groups, int64_t key_dim, int64_t valu
     return take_own(&own, &group, gates > 1, backward, origin);
 }
 
-/* states [B][G][chunks][K][V], those at the chunks' starts, may be NULL; scratch [threads][gla_scratch]. */
-void gla_forward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, int64_t key_dim, int64_t value_dim,
-                 int64_t gates, double scale, const real *q, const real *k, const real *v, const real *g,
-                 const real *state_in, const uint8_t *reset, const uint8_t *valid, real *o, real *state_out,
-                 real *states, real *scratch, int64_t scratch_size, int threads) {
+/* states [B][G][chunks][K][V], those at the chunks' starts, may be NULL; scratch [threads][gla_scratch].
+ * Returns whether a gate at a valid token is NaN or above zero: the results are then of no use. */
+int gla_forward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, int64_t key_dim, int64_t value_dim,
+                int64_t gates, double scale, const real *q, const real *k, const real *v, const real *g,
+                const real *state_in, const uint8_t *reset, const uint8_t *valid, real *o, real *state_out,
+                real *states, real *scratch, int64_t scratch_size, int threads) {
+    int wrong = 0;
     const struct sizes sizes = {batch, steps, heads, groups, key_dim, value_dim, gates};
     const int64_t size = key_dim * value_dim, chunks = (steps + CHUNK - 1) / CHUNK;
     (void)threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(| : wrong)
     for (int64_t task = 0; task < batch * groups; task++) {
         struct group group = group_of(&sizes, task, scale, q, k, v, g, reset, valid);
         const int64_t row = task / groups, head = task % groups;
@@ -179,7 +187,7 @@ void gla_forward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, in
         add_target(&group, o_group, group.o_token, group.share * value_dim);
         real *kept = states ? states + task * chunks * size : NULL;
         if (steps == 1) {
-            step_group(&group, state_in + task * size, o_group, state_out + task * size);
+            wrong |= step_group(&group, state_in + task * size, o_group, state_out + task * size);
             if (kept) {
                 memcpy(kept, state_in + task * size, (size_t)size * sizeof(real));
             }
@@ -187,9 +195,10 @@ void gla_forward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, in
         }
         struct own own;
         take_own(&own, &group, by_channel(&sizes), 0, scratch + thread_number() * scratch_size);
-        forward_group(&group, &own, by_channel(&sizes), state_in + task * size, o_group, state_out + task * size,
-                      kept);
+        wrong |= forward_group(&group, &own, by_channel(&sizes), state_in + task * size, o_group,
+                               state_out + task * size, kept);
     }
+    return wrong;
 }
 
 void gla_backward(int64_t batch, int64_t steps, int64_t heads, int64_t groups, int64_t key_dim,

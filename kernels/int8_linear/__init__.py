@@ -24,6 +24,7 @@ __all__ = ["LONGEST", "dequantised", "in_out", "int8_linear", "integer_sums", "s
 LONGEST = (2**31 - 1) // eager.LARGEST**2
 """Inputs of a group whose integer sum fits int32: 133143."""
 
+_UNSIGNED = (torch.bool, torch.uint8)
 _Form = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -76,9 +77,8 @@ def int8_linear(
     """
     width = weight.shape[-1]
     size = width if group is None else group
-    _check(counts, weight, scales, size)
-    _check_rest(counts, weight, threshold, bias)
-    name = choose("int8_linear", counts.device)
+    _check(counts, weight, scales, size, threshold, bias)
+    name = choose("int8_linear", counts.device, dtype=counts.dtype)
     if name == "triton" and scales.dtype != torch.float32:
         if backend() == "triton":
             raise KernelError(
@@ -176,7 +176,7 @@ def _fused(
     rows = counts.reshape(-1, counts.shape[-1])
     inside = threshold is None or threshold.dtype == torch.float32
     factor = threshold.reshape(-1) if threshold is not None and inside else None
-    y: Tensor = triton.product(rows, weight, scales, group, factor, bias if inside else None)
+    y: Tensor = triton.product(rows, weight, scales.detach(), group, factor, bias if inside else None)
     y = y.reshape(*counts.shape[:-1], weight.shape[0])
     if threshold is not None and not inside:
         y = (y * threshold).to(y.dtype)
@@ -189,18 +189,23 @@ def _plain(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _check(counts: Tensor, weight: Tensor, scales: Tensor, size: int) -> None:
-    if weight.dtype != torch.int8 or weight.dim() != 2:
+def _check(
+    counts: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    size: int,
+    threshold: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Everything but values. A shape or device is asked for once: that is what costs here."""
+    matrix, rows, device = weight.shape, counts.shape, counts.device
+    if weight.dtype != torch.int8 or len(matrix) != 2:
         raise ShapeError(f"int8_linear needs int8 weights [O, D], got {weight.dtype} {list(weight.shape)}")
-    outputs, width = weight.shape
-    if scales.device != counts.device:
+    outputs, width = matrix
+    if scales.device != device:
         raise ShapeError(f"int8_linear needs scales on {counts.device}, got them on {scales.device}")
-    if (
-        counts.dim() == 0
-        or counts.shape[-1] != width
-        or counts.dtype in (torch.bool, torch.uint8)
-        or counts.is_complex()
-    ):
+    kind = counts.dtype
+    if not rows or rows[-1] != width or kind in _UNSIGNED or (kind != torch.int8 and counts.is_complex()):
         raise ShapeError(
             f"int8_linear needs counts [.., {width}] of a signed dtype, "
             f"got {counts.dtype} {list(counts.shape)}"
@@ -213,18 +218,15 @@ def _check(counts: Tensor, weight: Tensor, scales: Tensor, size: int) -> None:
             f"int8_linear needs scales [{outputs}, {groups}] of float32 or float64, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
+    for name, other in (("weight", weight), ("threshold", threshold), ("bias", bias)):
+        if other is not None and other.device != device:
+            raise ShapeError(f"int8_linear needs {name} on {device}, got it on {other.device}")
+    if threshold is not None and threshold.shape != (*rows[:-1], 1):
+        raise ShapeError(f"threshold is {list(threshold.shape)}; expected {[*rows[:-1], 1]}")
+    if bias is not None and bias.shape != (outputs,):
+        raise ShapeError(f"bias is {list(bias.shape)}; expected {[outputs]}")
 
 
 def _check_range(counts: Tensor) -> None:
     if counts.device.type == "cpu" and counts.numel() and bool((counts.abs() > eager.LARGEST).any()):
         raise ShapeError(c.too_large(counts))
-
-
-def _check_rest(counts: Tensor, weight: Tensor, threshold: Tensor | None, bias: Tensor | None) -> None:
-    for name, other in (("weight", weight), ("threshold", threshold), ("bias", bias)):
-        if other is not None and other.device != counts.device:
-            raise ShapeError(f"int8_linear needs {name} on {counts.device}, got it on {other.device}")
-    if threshold is not None and threshold.shape != (*counts.shape[:-1], 1):
-        raise ShapeError(f"threshold is {list(threshold.shape)}; expected {[*counts.shape[:-1], 1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ShapeError(f"bias is {list(bias.shape)}; expected {list(weight.shape[:1])}")

@@ -21,12 +21,19 @@
 #define INT8_QUAD (4 * INT8_BLOCK)   /* bytes of four inputs in a panel */
 #define INT8_HALF 64
 
+/* A variant that was asked for goes before what the processor has. */
 #if defined(SPIKELM_PORTABLE)
-#elif defined(SPIKELM_SIMDE_AVX512) || (defined(__AVX512VNNI__) && defined(__AVX512BW__))
+#elif defined(SPIKELM_SIMDE_AVX512)
 #define INT8_AVX512
-#elif defined(SPIKELM_SIMDE_AVXVNNI) || (defined(__AVXVNNI__) && defined(__AVX2__))
+#elif defined(SPIKELM_SIMDE_AVXVNNI)
 #define INT8_AVXVNNI
-#elif defined(SPIKELM_SIMDE_NEON) || defined(__ARM_FEATURE_DOTPROD)
+#elif defined(SPIKELM_SIMDE_NEON)
+#define INT8_NEON
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define INT8_AVX512
+#elif defined(__AVXVNNI__) && defined(__AVX2__)
+#define INT8_AVXVNNI
+#elif defined(__ARM_FEATURE_DOTPROD)
 #define INT8_NEON
 #elif defined(__AVX2__)
 #define INT8_AVX2

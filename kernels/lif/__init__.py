@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
+from spikelm.kernels.gates import looks, refuse_not_finite, refuse_number
 from spikelm.kernels.lif import autograd, reference, scan
 from spikelm.kernels.lif.decode import lif_decode
 from spikelm.kernels.lif.neuron import Neuron
@@ -81,11 +82,13 @@ def lif(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
-        KernelError: an unknown surrogate, or a back-end that was asked for and is not available.
+        GateError: on CPUs, a rate that is NaN or infinite. Not seen on GPUs, where a look at the values would
+            stop the queue.
+        KernelError: a threshold, v_reset or alpha that is NaN or infinite, an unknown surrogate, or a
+            back-end that was asked for and is not available.
     """
-    _check(x, v0, rate)
-    check_companions("lif", x, v0=v0, rate=rate)
-    check_masks(x, reset, valid)
+    _check(x, v0, rate, reset, valid)
+    refuse_number("lif", threshold=threshold, v_reset=v_reset, alpha=alpha)
     neuron = Neuron(
         threshold=threshold,
         v_reset=v_reset,
@@ -96,23 +99,34 @@ def lif(
         alpha=alpha,
     )
     derivative(surrogate)  # an unknown name is refused here, whatever the back-end
-    form = "torch" if callable(surrogate) and backend() == AUTO else choose("lif", x.device)
+    if callable(surrogate) and backend() == AUTO:
+        form = "torch"
+    else:
+        form = choose("lif", x.device, kernel="sequence", dtype=x.dtype, surrogate=surrogate)
     if form == "triton" and x.dtype == torch.float64 and backend() == AUTO:
         form = "torch"  # GPU kernels compute in float32
     if form == "triton":
         return _triton(x, v0, rate, neuron, reset, valid)
+    if form != "c" and looks(rate):  # the C form sees it on its way
+        refuse_not_finite("lif", "rate", rate)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     spikes, last = _FORMS[form](x.to(dtype), v0.to(dtype), rate.to(dtype), neuron, reset, valid)
     return spikes.to(x.dtype), last
 
 
-def _check(x: Tensor, v0: Tensor, rate: Tensor) -> None:
-    if x.dim() != 3 or not x.is_floating_point():
+def _check(
+    x: Tensor, v0: Tensor, rate: Tensor, reset: Tensor | None = None, valid: Tensor | None = None
+) -> None:
+    """Everything but values."""
+    sizes = x.shape
+    if len(sizes) != 3 or not x.is_floating_point():
         raise ShapeError(f"lif needs floating x [B, T, C], got {x.dtype} {list(x.shape)}")
-    batch, _, channels = x.shape
+    batch, _, channels = sizes
     if v0.shape != (batch, channels):
         raise ShapeError(
             f"lif needs v0 [B, C] = {[batch, channels]} for x {list(x.shape)}, got {list(v0.shape)}"
         )
     if rate.shape != (channels,):
         raise ShapeError(f"lif needs rate [C] = {[channels]} for x {list(x.shape)}, got {list(rate.shape)}")
+    check_companions("lif", x, v0=v0, rate=rate)
+    check_masks(x, reset, valid)

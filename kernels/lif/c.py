@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels.compile import load
+from spikelm.kernels.gates import refuse_not_finite
 from spikelm.kernels.pointers import address, contiguous_mask, threads_for
 
 # order of the C enumeration
@@ -36,7 +37,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     sizes, neuron = [c_int64] * 3, [ctypes.POINTER(_Neuron)]
     library.lif_forward.argtypes = [*sizes, *neuron, *[c_void_p] * 8, c_int]
     library.lif_backward.argtypes = [*sizes, *neuron, *[c_void_p] * 11, c_int]
-    library.lif_forward.restype = library.lif_backward.restype = None
+    library.lif_backward.restype = None
     return library
 
 
@@ -63,7 +64,7 @@ def forward(
     neuron = _Neuron(
         threshold, v_reset, alpha, soft_reset, decay_input, detach_reset, SURROGATES.index(surrogate)
     )
-    _library(x.dtype).lif_forward(
+    wrong = _library(x.dtype).lif_forward(
         rows,
         steps,
         channels,
@@ -71,6 +72,8 @@ def forward(
         *map(address, (x, v, rate, reset, valid, spikes, last, checkpoints)),
         threads_for(x),
     )
+    if wrong:
+        refuse_not_finite("lif", "rate", rate)
     return spikes, last, checkpoints
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose
+from spikelm.kernels.gates import looks, refuse_not_finite, refuse_number
 from spikelm.kernels.lif import reference
 from spikelm.kernels.lif.neuron import Neuron
 from spikelm.kernels.slots import check_slots
@@ -41,13 +42,16 @@ def lif_decode(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
-        KernelError: a back-end that was asked for and is not available.
+        GateError: on CPUs, a rate that is NaN or infinite; no membrane has changed then.
+        KernelError: a threshold or v_reset that is NaN or infinite, or a back-end that was asked for and is
+            not available.
     """
     if x.dim() != 2 or not x.is_floating_point():
         raise ShapeError(f"lif_decode needs floating x [B, C], got {x.dtype} {list(x.shape)}")
     check_slots("lif_decode", x, pool, slots, (x.shape[1],))
     if rate.shape != x.shape[1:]:
         raise ShapeError(f"lif_decode needs rate [C] = {[x.shape[1]]}, got {list(rate.shape)}")
+    refuse_number("lif_decode", threshold=threshold, v_reset=v_reset)
     spikes: Tensor = _lif_decode(x, pool, slots, rate, threshold, v_reset, soft_reset, decay_input)
     return spikes
 
@@ -64,11 +68,14 @@ def _lif_decode(
     decay_input: bool,
 ) -> Tensor:
     neuron = Neuron(threshold=threshold, v_reset=v_reset, soft_reset=soft_reset, decay_input=decay_input)
-    if choose("lif", x.device) == "triton" and x.dtype != torch.float64:
+    name = choose("lif", x.device, kernel="decode", dtype=x.dtype)
+    if name == "triton" and x.dtype != torch.float64:
         from spikelm.kernels.lif import triton
 
         fired: Tensor = triton.lif_decode(x, pool, slots, rate, neuron)
         return fired
+    if looks(rate):  # before any membrane changes
+        refuse_not_finite("lif_decode", "rate", rate)
     used = slots >= 0
     places = slots[used].long()
     spikes = torch.zeros_like(x)

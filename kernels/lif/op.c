@@ -195,9 +195,10 @@ INLINE void backward_block(int count, int decay_input, int soft_reset, int64_t s
     }
 }
 
-void lif_forward(int64_t rows, int64_t steps, int64_t channels, const struct neuron *neuron, const real *x,
-                 const real *v_in, const real *rate, const uint8_t *reset, const uint8_t *valid, real *spikes,
-                 real *v_out, real *checkpoints, int threads) {
+/* Returns whether a rate is NaN or infinite: the results are then of no use. */
+int lif_forward(int64_t rows, int64_t steps, int64_t channels, const struct neuron *neuron, const real *x,
+                const real *v_in, const real *rate, const uint8_t *reset, const uint8_t *valid, real *spikes,
+                real *v_out, real *checkpoints, int threads) {
     const int64_t width = task_width(rows, channels, WIDEST, threads), segments = (steps + SEGMENT - 1) / SEGMENT;
     const int64_t blocks = (channels + width - 1) / width;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
@@ -211,6 +212,7 @@ void lif_forward(int64_t rows, int64_t steps, int64_t channels, const struct neu
                              checkpoints + row * segments * channels + c);
         }
     }
+    return any_not_finite(channels, rate);
 }
 
 /* rate_rows [rows][channels] is scratch for the rows' shares of grad_rate [channels]. */

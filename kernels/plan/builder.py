@@ -1,4 +1,4 @@
-"""What parts write their records into: registers, fields of the state, weights.
+"""What parts write their records into: the records of a plan under construction.
 
 Registers are virtual while a plan is built. :meth:`Builder.finish` gives each a place in the workspace from
 its first to its last record, so that the workspace of a model is about as wide as its widest block.
@@ -7,54 +7,53 @@ its first to its last record, so that the workspace of a model is about as wide 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spikelm.errors import PlanError
 from spikelm.kernels.int8_linear.c import describe
+from spikelm.kernels.plan.observation import Observation
 from spikelm.kernels.plan.records import Limit, Record, library, ops
+from spikelm.kernels.plan.registers import (
+    Draft,
+    Field,
+    Fields,
+    Operand,
+    Register,
+    a_field,
+    fields,
+    number_of,
+    place_registers,
+)
 
-FLOATS_PER_LINE = 16
+__all__ = [
+    "DECAY_INPUT",
+    "INT8_SPIKES",
+    "SOFT_RESET",
+    "SPIKES",
+    "Branch",
+    "Builder",
+    "Field",
+    "Fields",
+    "Lowered",
+    "Register",
+    "a_field",
+    "fields",
+]
+
 INT8_SPIKES, SOFT_RESET, DECAY_INPUT = 1, 2, 4
 """Flags of neurons, as in steps_neurons.h."""
 SPIKES = 1
 """Flag of a product: its inputs are whole numbers, as in steps_linear.h."""
-
-
-@dataclass(frozen=True, eq=False)
-class Register:
-    """Float32 values of every row of the batch, ``width`` of them; may hold other bytes between two ops."""
-
-    width: int
-
-
-@dataclass(frozen=True)
-class Field:
-    """A tensor of the state, at a byte offset in every slot of the pool.
-
-    Attributes:
-        name: dotted path in the model's state.
-        offset: bytes, a multiple of 64.
-        shape: without the batch dimension.
-        dtype: of its elements.
-    """
-
-    name: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
+UNARY = ("exp", "sigmoid", "silu", "logsigmoid", "softplus")
+"""Functions of the op ``unary``, in the order of the C enumeration."""
 
 T = TypeVar("T")
-Fields: TypeAlias = "Mapping[str, Field | Fields]"
-"""A part's state as it lies in the pool: the pytree of ``init_state`` with a field for every tensor."""
-
-Operand: TypeAlias = "Register | Field | int"
 
 
 class Lowered(Protocol):
@@ -62,15 +61,6 @@ class Lowered(Protocol):
 
     def lower(self, plan: Builder, x: Register, state: Fields) -> Register:
         """The part's records; returns the register of its output."""
-
-
-@dataclass
-class _Draft:
-    op: int
-    flags: int
-    operands: list[Operand]
-    constants: Sequence[float]
-    pointers: list[int]
 
 
 @dataclass
@@ -101,6 +91,7 @@ class Builder:
         slots: the largest batch.
         threads: that a record may use.
         projections: those that report statistics, in the order of their rows.
+        observations: what is counted for a meter.
         scratch: bytes that the hungriest record needs besides registers.
         kept: everything whose address stands in a record.
         refusals: what raises the error of every limit.
@@ -110,9 +101,10 @@ class Builder:
     slots: int = 1
     threads: int = 1
     projections: list[Projected] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     scratch: int = 0
     kept: list[Any] = field(default_factory=list)
-    _drafts: list[_Draft] = field(default_factory=list)
+    _drafts: list[Draft] = field(default_factory=list)
     refusals: list[Callable[[], None]] = field(default_factory=list)
     gathers: bool = False
     _limits: list[tuple[Field, int]] = field(default_factory=list)
@@ -169,7 +161,7 @@ class Builder:
         if len(operands) > 12 or len(f) > 6 or len(p) > 10:
             raise PlanError(f"a record of {op} holds 12 operands, 6 constants and 10 pointers at most")
         pointers = [value if isinstance(value, int) else self.vector(value) for value in p]
-        self._drafts.append(_Draft(ops()[op], flags, list(operands), tuple(f), pointers))
+        self._drafts.append(Draft(ops()[op], flags, list(operands), tuple(f), pointers))
 
     def vector(self, tensor: Tensor | None) -> int:
         """Address of a float32 tensor, which lives as long as the plan; 0 for None."""
@@ -214,7 +206,7 @@ class Builder:
             found: ``top_k`` outputs; the j-th becomes the block's output where the j-th choice is this one.
         """
         self.gathers = True
-        draft = _Draft(ops()["expert"], 0, [], (), [])
+        draft = Draft(ops()["expert"], 0, [], (), [])
         self._drafts.append(draft)
         first, branch = len(self._drafts), Branch()
         outside, self._made = self._made, {}
@@ -251,6 +243,31 @@ class Builder:
         """Row of the statistics that belongs to one projection."""
         self.projections.append(Projected(path, in_features, out_features))
         return len(self.projections) - 1
+
+    def observe(
+        self,
+        observation: Observation,
+        spikes: Register,
+        before: tuple[Register, Register] | None = None,
+        flags: int = 0,
+    ) -> None:
+        """Count spikes for a meter, in steps that have one.
+
+        Args:
+            observation: where the sums go.
+            spikes: the values, float32, or bytes where ``flags`` has INT8_SPIKES.
+            before: x and threshold of counts round(x / threshold) that the cap may have made smaller.
+            flags: INT8_SPIKES or 0.
+        """
+        self.observations.append(observation)
+        sums = (observation.numbers, observation.magnitude, observation.fired)
+        self.record(
+            "observe",
+            *(spikes, observation.in_features, *(before or (-1, -1))),
+            f=(observation.cap or 0,),
+            p=[value.data_ptr() for value in sums],
+            flags=flags,
+        )
 
     def child(self, part: nn.Module, x: Register, state: Field | Fields) -> Register:
         """The records of a part inside this one, given its share of the state.
@@ -357,11 +374,11 @@ class Builder:
 
     def finish(self) -> tuple[Any, Any, int]:
         """Arrays of the records and of the limits, and the width of a row of the workspace in floats."""
-        places, width = _places(self._drafts, set(self._shared.values()))
+        places, width = place_registers(self._drafts, set(self._shared.values()))
         records = (Record * len(self._drafts))()
         for record, draft in zip(records, self._drafts, strict=True):
             record.op, record.flags = draft.op, draft.flags
-            record.a[:] = [*(_number(value, places) for value in draft.operands), *[0] * 12][:12]
+            record.a[:] = [*(number_of(value, places) for value in draft.operands), *[0] * 12][:12]
             record.f[:] = [*draft.constants, *[0.0] * 6][:6]
             record.p[:] = [*(value or None for value in draft.pointers), *[None] * 10][:10]
         limits = (Limit * max(len(self._limits), 1))()
@@ -373,86 +390,3 @@ class Builder:
     def limits(self) -> int:
         """How many counters are watched."""
         return len(self._limits)
-
-
-UNARY = ("exp", "sigmoid", "silu", "logsigmoid", "softplus")
-"""Functions of the op ``unary``, in the order of the C enumeration."""
-
-
-_RECORDS_OF = (("step", "lower"), ("encode", "lower_spikes"), ("gate", "lower_gate"))
-"""Methods of parts, and those that write the same as records."""
-
-
-def check_overrides(part: nn.Module) -> None:
-    """Refuse a part whose class has another ``step`` than the one its inherited records were written for.
-
-    Raises:
-        PlanError: naming the part and both methods.
-    """
-    kinds = type(part).__mro__
-    for method, records in _RECORDS_OF:
-        place = next((i for i, kind in enumerate(kinds) if method in vars(kind)), len(kinds))
-        written = next((i for i, kind in enumerate(kinds) if records in vars(kind)), len(kinds))
-        # What has no records at all says so itself.
-        if place < written < len(kinds) and kinds[written].__name__ not in ("Part", "Neuron"):
-            raise PlanError(
-                f"{getattr(part, 'path', '') or 'a part'} ({type(part).__name__}) has its own {method}() and "
-                f"inherits {records}() from {kinds[written].__name__}; a decode plan needs its own of both"
-            )
-
-
-def a_field(value: Field | Fields) -> Field:
-    """The field that stands at a name of a state."""
-    if not isinstance(value, Field):
-        raise PlanError(f"expected a tensor of the state, got the names {', '.join(value) or 'of nothing'}")
-    return value
-
-
-def fields(value: Field | Fields) -> Fields:
-    """The state of a child that stands at a name of a state."""
-    if isinstance(value, Field):
-        raise PlanError(f"expected the state of a part, got the tensor {value.name}")
-    return value
-
-
-def _number(value: Operand, places: Mapping[Register, int]) -> int:
-    if isinstance(value, Register):
-        return places[value]
-    return value.offset if isinstance(value, Field) else int(value)
-
-
-def _places(drafts: Sequence[_Draft], shared: set[Register]) -> tuple[dict[Register, int], int]:
-    """Offset of every register, and the width of the workspace: a register is free after its last record."""
-    last: dict[Register, int] = {}
-    for index, draft in enumerate(drafts):
-        for value in draft.operands:
-            if isinstance(value, Register):
-                last[value] = index
-    places: dict[Register, int] = {}
-    busy: list[tuple[int, int, int]] = []  # start, end, last record; sorted by start
-    width = FLOATS_PER_LINE
-    for value in sorted(shared & last.keys(), key=lambda register: last[register]):
-        size = _lines(value.width)
-        places[value] = width
-        busy.append((width, width + size, len(drafts)))
-        width += size
-    for index, draft in enumerate(drafts):
-        busy = [entry for entry in busy if entry[2] >= index]
-        for value in draft.operands:
-            if not isinstance(value, Register) or value in places:
-                continue
-            size = _lines(value.width)
-            start = 0
-            for first, end, _ in busy:
-                if first - start >= size:
-                    break
-                start = max(start, end)
-            places[value] = start
-            busy = sorted([*busy, (start, start + size, last[value])])
-            width = max(width, start + size)
-    # Rows a power of two apart would share the same places of the cache.
-    return places, width + FLOATS_PER_LINE if width % 1024 == 0 else width
-
-
-def _lines(floats: int) -> int:
-    return -(-max(floats, 1) // FLOATS_PER_LINE) * FLOATS_PER_LINE

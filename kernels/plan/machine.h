@@ -33,6 +33,7 @@ struct plan {
     int64_t *seen;       /* [slots], number of the step that used the slot last */
     int64_t step;
     int64_t *rows;       /* [5][slots]: row of the caller's batch, slot, token of every active row; gathered rows */
+    int64_t observing;   /* whether a meter wants to know of spikes */
 };
 
 /* Columns of the statistics of a projection. */

@@ -10,6 +10,7 @@
 #include "steps_int8.h"
 #include "steps_linear.h"
 #include "steps_memory.h"
+#include "steps_meter.h"
 #include "steps_neurons.h"
 #include "steps_rwkv.h"
 #include "steps_spiking.h"

@@ -45,6 +45,7 @@ class Plan(Structure):
         *((name, c_void_p) for name in ("workspace", "pool", "statistics", "scratch", "seen")),
         ("step", c_int64),
         ("rows", c_void_p),
+        ("observing", c_int64),
     )
 
 

@@ -115,7 +115,7 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
             magnitude += fabsf(x[i]);
         }
         statistics[STATISTIC_SILENT] += silent;
-        if (r->flags & SPIKES) {
+        if (r->flags & SPIKES && magnitude < 0x1p62f) { /* NaN and infinity count as none */
             statistics[STATISTIC_MAGNITUDE] += (int64_t)magnitude;
         }
     }

@@ -73,13 +73,8 @@ def expand_planes(counts: Tensor, planes: int) -> Tensor:
         KernelError: ``planes`` out of range, a count that they do not hold, or a back-end that was asked for
             and is not available.
     """
-    if counts.dim() == 0 or counts.dtype != torch.int8:
-        raise ShapeError(f"expand_planes needs int8 counts [.., D], got {counts.dtype} {list(counts.shape)}")
-    if not 1 <= planes <= MOST_PLANES:
-        raise KernelError(
-            f"expand_planes got {planes} planes; expected from 1 to {MOST_PLANES} (int8 counts)"
-        )
-    return _EXPAND[choose("planes", counts.device)](counts, planes)
+    _check_expand(counts, planes)
+    return _EXPAND[choose("planes", counts.device, kernel="expand")](counts, planes)
 
 
 def collapse_planes(packed: Tensor, width: int) -> Tensor:
@@ -96,15 +91,29 @@ def collapse_planes(packed: Tensor, width: int) -> Tensor:
         ShapeError: a shape or dtype that does not fit.
         KernelError: a back-end that was asked for and is not available.
     """
+    _check_collapse(packed, width)
+    return _COLLAPSE[choose("planes", packed.device, kernel="collapse")](packed, width)
+
+
+def _check_expand(counts: Tensor, planes: int) -> None:
+    if counts.dim() == 0 or counts.dtype != torch.int8:
+        raise ShapeError(f"expand_planes needs int8 counts [.., D], got {counts.dtype} {list(counts.shape)}")
+    if not 1 <= planes <= MOST_PLANES:
+        raise KernelError(
+            f"expand_planes got {planes} planes; expected from 1 to {MOST_PLANES} (int8 counts)"
+        )
+
+
+def _check_collapse(packed: Tensor, width: int) -> None:
+    sizes = packed.shape
     if (
         packed.dtype != torch.uint8
-        or packed.dim() < 2
-        or not 2 <= packed.shape[0] <= MOST_PLANES + 1
+        or len(sizes) < 2
+        or not 2 <= sizes[0] <= MOST_PLANES + 1
         or width < 0
-        or packed.shape[-1] != (width + 7) // 8
+        or sizes[-1] != (width + 7) // 8
     ):
         raise ShapeError(
             f"collapse_planes needs uint8 [2 to {MOST_PLANES + 1}, .., {(max(width, 0) + 7) // 8}] for "
             f"{width} channels, got {packed.dtype} {list(packed.shape)}"
         )
-    return _COLLAPSE[choose("planes", packed.device)](packed, width)

@@ -45,8 +45,8 @@ def _triton(
     return found
 
 
-def _choose(x: Tensor) -> str:
-    name = choose("shift_encode", x.device)
+def _choose(x: Tensor, kind: str) -> str:
+    name = choose("shift_encode", x.device, dtype=x.dtype, norm=kind)
     if name != "triton" or backend() != AUTO:
         return name
     from spikelm.kernels.shift_encode import triton
@@ -112,29 +112,39 @@ def shift_encode(
         KernelError: an unknown norm, options out of range, or a back-end that was asked for and is not
             available.
     """
-    _check(x, norm_weight, norm_bias, kind, last, mixes)
-    check_masks(x, reset, valid)
-    if kind == "rmsnorm" and norm_bias is not None:
-        raise KernelError("shift_encode got a bias for rmsnorm, which has none; pass None")
-    options = Options(
-        k=_per_projection("k", k, mixes),
-        dead_zone=_per_projection("dead_zone", dead_zone, mixes),
-        cap=_per_projection("cap", cap, mixes),
-    )
-    for most in options.cap:
-        if not 1 <= most <= LARGEST:
-            raise KernelError(f"shift_encode got cap {most}; int8 counts need one from 1 to {LARGEST}")
+    _check(x, norm_weight, norm_bias, kind, last, mixes, reset, valid)
+    options = _options(mixes.shape[0], k, dead_zone, cap)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     bias = None if norm_bias is None else norm_bias.detach().to(dtype)
     norm = Norm(kind=kind, weight=norm_weight.detach().to(dtype), bias=bias, eps=eps)
-    name, x = _choose(x), x.detach()
+    name, x = _choose(x, kind), x.detach()
     x = x if name == "triton" else x.to(dtype)  # GPU kernels read half precision as it is
     return _FORMS[name](x, norm, last.detach().to(dtype), mixes.detach().to(dtype), options, reset, valid)
 
 
-def _per_projection(name: str, value: Number | Sequence[Number], mixes: Tensor) -> tuple[Number, ...]:
-    count = mixes.shape[0]
-    if not isinstance(value, Sequence):
+def _options(
+    count: int, k: float | Sequence[float], dead_zone: float | Sequence[float], cap: int | Sequence[int]
+) -> Options:
+    """The options of each of the projections, checked."""
+    options = Options(
+        k=_per_projection("k", k, count),
+        dead_zone=_per_projection("dead_zone", dead_zone, count),
+        cap=_per_projection("cap", cap, count),
+    )
+    for most in options.cap:
+        if not 1 <= most <= LARGEST:
+            raise KernelError(f"shift_encode got cap {most}; int8 counts need one from 1 to {LARGEST}")
+    for divisor, edge in zip(options.k, options.dead_zone, strict=True):
+        if not (0 < divisor < torch.inf and 0 <= edge < torch.inf):
+            raise KernelError(
+                f"shift_encode got k={divisor} and dead_zone={edge}; "
+                "expected a finite k above 0 and a finite dead zone of at least 0"
+            )
+    return options
+
+
+def _per_projection(name: str, value: Number | Sequence[Number], count: int) -> tuple[Number, ...]:
+    if isinstance(value, int | float):
         return (value,) * count
     if len(value) != count:
         raise ShapeError(
@@ -144,13 +154,22 @@ def _per_projection(name: str, value: Number | Sequence[Number], mixes: Tensor) 
 
 
 def _check(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, kind: str, last: Tensor, mixes: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    kind: str,
+    last: Tensor,
+    mixes: Tensor,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> None:
-    if x.dim() != 3 or not x.is_floating_point():
+    """Everything but values. A shape or device is asked for once: that is what costs here."""
+    sizes, device = x.shape, x.device
+    if len(sizes) != 3 or not x.is_floating_point():
         raise ShapeError(f"shift_encode needs floating x [B, T, D], got {x.dtype} {list(x.shape)}")
     if kind not in NORMS:
         raise KernelError(nearest("norm", kind, NORMS))
-    batch, _, width = x.shape
+    batch, _, width = sizes
     for name, tensor, shape in (
         ("norm_weight", norm_weight, (width,)),
         ("norm_bias", norm_bias, (width,)),
@@ -159,8 +178,11 @@ def _check(
     ):
         if tensor is None:
             continue
-        if tensor.shape != shape or not tensor.is_floating_point() or tensor.device != x.device:
+        if tensor.shape != shape or not tensor.is_floating_point() or tensor.device != device:
             raise ShapeError(
                 f"shift_encode needs floating {name} {list(shape)} on {x.device} for x {list(x.shape)}, "
                 f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
+    if kind == "rmsnorm" and norm_bias is not None:
+        raise KernelError("shift_encode got a bias for rmsnorm, which has none; pass None")
+    check_masks(x, reset, valid)

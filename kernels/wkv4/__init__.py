@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import AUTO, backend, choose
+from spikelm.kernels.gates import looks
 from spikelm.kernels.masks import check_companions, check_masks
 from spikelm.kernels.wkv4 import autograd, chunked, reference
 from spikelm.kernels.wkv4.decode import wkv4_decode
@@ -79,27 +80,39 @@ def wkv4(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
+        GateError: on CPUs, a w that is NaN or a u that is not finite. Not seen on GPUs, where a look at the
+            values would stop the queue.
         KernelError: a back-end that was asked for and is not available.
     """
-    _check(w, u, k, v, state)
-    check_companions("wkv4", k, w=w, u=u, v=v, state=state)
-    check_masks(k, reset, valid)
-    name = choose("wkv4", k.device)
+    _check(w, u, k, v, state, reset, valid)
+    name = choose("wkv4", k.device, kernel="sequence", dtype=k.dtype)
     dtype = torch.float64 if torch.float64 in (k.dtype, v.dtype) else torch.float32
     decay = -torch.exp(w.to(dtype))
     if name == "triton" and dtype == torch.float64 and backend() == AUTO:
         name = "torch"  # GPU kernels compute in float32
     if name == "triton":
         return _triton(decay, u, k, v, state, reset, valid)
+    if name != "c" and looks(decay, u):  # the C form sees it on its way
+        reference.refuse_gates("wkv4", decay, u)
     y, last = _FORMS[name](decay, u.to(dtype), k.to(dtype), v.to(dtype), state.to(dtype), reset, valid)
     return y.to(v.dtype), last
 
 
-def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> None:
-    if k.dim() != 3 or not k.is_floating_point():
+def _check(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> None:
+    """Everything but values."""
+    sizes = k.shape
+    if len(sizes) != 3 or not k.is_floating_point():
         raise ShapeError(f"wkv4 needs floating k [B, T, C], got {k.dtype} {list(k.shape)}")
-    batch, _, channels = k.shape
-    if v.shape != k.shape:
+    batch, _, channels = sizes
+    if v.shape != sizes:
         raise ShapeError(f"wkv4 needs v of k's shape {list(k.shape)}, got {list(v.shape)}")
     for name, x, shape in (
         ("w", w, (channels,)),
@@ -108,3 +121,5 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> None:
     ):
         if x.shape != shape:
             raise ShapeError(f"wkv4 needs {name} {list(shape)} for k {list(k.shape)}, got {list(x.shape)}")
+    check_companions("wkv4", k, w=w, u=u, v=v, state=state)
+    check_masks(k, reset, valid)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spikelm.kernels.compile import load
 from spikelm.kernels.pointers import address, contiguous_mask, threads_for
+from spikelm.kernels.wkv4.reference import refuse_gates
 
 SEGMENT = 32  # steps between checkpoints, as in op.c
 
@@ -20,7 +21,7 @@ def _library(dtype: torch.dtype) -> CDLL:
     library = load(Path(__file__).with_name("op.c"), ("SPIKELM_DOUBLE",) if dtype == torch.float64 else ())
     library.wkv4_forward.argtypes = [*[c_int64] * 3, *[c_void_p] * 10, c_int]
     library.wkv4_backward.argtypes = [*[c_int64] * 3, *[c_void_p] * 16, c_int]
-    library.wkv4_forward.restype = library.wkv4_backward.restype = None
+    library.wkv4_backward.restype = None
     return library
 
 
@@ -39,9 +40,11 @@ def forward(
     y, last = torch.empty_like(v), torch.empty_like(state)
     checkpoints = k.new_empty(rows, -(-steps // SEGMENT), 3, channels)
     given = (decay, bonus, k, v, state, contiguous_mask(reset), contiguous_mask(valid))
-    _library(k.dtype).wkv4_forward(
+    wrong = _library(k.dtype).wkv4_forward(
         rows, steps, channels, *map(address, (*given, y, last, checkpoints)), threads_for(k)
     )
+    if wrong:
+        refuse_gates("wkv4", decay, bonus)
     return y, last, checkpoints
 
 

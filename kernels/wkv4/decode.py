@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose
+from spikelm.kernels.gates import looks
 from spikelm.kernels.slots import check_slots
 from spikelm.kernels.wkv4 import reference
 
@@ -29,6 +30,7 @@ def wkv4_decode(w: Tensor, u: Tensor, k: Tensor, v: Tensor, pool: Tensor, slots:
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
+        GateError: on CPUs, a w that is NaN or a u that is not finite; no state has changed then.
         KernelError: a back-end that was asked for and is not available.
     """
     if k.dim() != 2 or not k.is_floating_point() or v.shape != k.shape:
@@ -45,11 +47,14 @@ def wkv4_decode(w: Tensor, u: Tensor, k: Tensor, v: Tensor, pool: Tensor, slots:
 
 @torch.library.custom_op("spikelm::wkv4_decode", mutates_args=("pool",))
 def _wkv4_decode(decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
-    if choose("wkv4", k.device) == "triton" and pool.dtype != torch.float64:
+    name = choose("wkv4", k.device, kernel="decode", dtype=k.dtype)
+    if name == "triton" and pool.dtype != torch.float64:
         from spikelm.kernels.wkv4 import triton
 
         found: Tensor = triton.wkv4_decode(decay, bonus, k, v, pool, slots)
         return found
+    if looks(decay, bonus):  # before any state changes
+        reference.refuse_gates("wkv4_decode", decay, bonus)
     used = slots >= 0
     places = slots[used].long()
     y = torch.zeros_like(v)

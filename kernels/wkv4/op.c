@@ -198,9 +198,10 @@ INLINE void backward_block(int count, int64_t steps, int64_t channels, const rea
     }
 }
 
-void wkv4_forward(int64_t rows, int64_t steps, int64_t channels, const real *decay, const real *bonus,
-                  const real *k, const real *v, const real *state_in, const uint8_t *reset,
-                  const uint8_t *valid, real *y, real *state_out, real *checkpoints, int threads) {
+/* Returns whether a decay is NaN or above zero, or a bonus not finite: the results are then of no use. */
+int wkv4_forward(int64_t rows, int64_t steps, int64_t channels, const real *decay, const real *bonus,
+                 const real *k, const real *v, const real *state_in, const uint8_t *reset,
+                 const uint8_t *valid, real *y, real *state_out, real *checkpoints, int threads) {
     const int64_t width = task_width(rows, channels, WIDEST, threads), segments = (steps + SEGMENT - 1) / SEGMENT;
     const int64_t blocks = (channels + width - 1) / width;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
@@ -214,6 +215,7 @@ void wkv4_forward(int64_t rows, int64_t steps, int64_t channels, const real *dec
                            checkpoints + row * segments * 3 * channels + c);
         }
     }
+    return any_above_zero(channels, decay) | any_not_finite(channels, bonus);
 }
 
 /* decay_rows and bonus_rows [rows][channels] are scratch for the rows' shares of the two sums. */

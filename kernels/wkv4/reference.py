@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikelm.kernels.gates import refuse_decay, refuse_not_finite
+
 EMPTY_MAX = -1e38  # finite, so that the difference of two empty states is zero and not NaN
 
 
@@ -28,6 +30,16 @@ def initial_state(
     state = torch.zeros(batch, 3, channels, device=device, dtype=dtype)
     state[:, 2] = EMPTY_MAX
     return state
+
+
+def refuse_gates(op: str, decay: Tensor, bonus: Tensor) -> None:
+    """Refuses decays [C] that are NaN or above zero, and bonuses [C] that are not finite.
+
+    Raises:
+        GateError: naming the first one and its channel.
+    """
+    refuse_decay(op, "-exp(w)", decay)
+    refuse_not_finite(op, "u", bonus)
 
 
 def wkv4(

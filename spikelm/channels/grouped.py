@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.activations import silu
+from spikelm.channels.grouped_product import grouped_product
 from spikelm.channels.swiglu import PROJECTIONS, SwiGLU
 from spikelm.kernels.dispatch import backend
 from spikelm.neurons.base import Neuron
@@ -130,5 +131,8 @@ def _product(
     matrices = [cast(Projection, getattr(expert, name)).linear.weight for expert in experts]
     weights = torch.stack(cast(list[Tensor], matrices))
     dtype = _product_dtype(cast(SwiGLU, experts[0]).gate, spikes.device)
-    y = nn.functional.grouped_mm(spikes.to(dtype), weights.to(dtype).transpose(1, 2), offs=ends)
+    if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+        y = grouped_product(spikes.to(dtype), weights.to(dtype), ends)
+    else:
+        y = nn.functional.grouped_mm(spikes.to(dtype), weights.to(dtype).transpose(1, 2), offs=ends)
     return y if scale is None else (y * scale).to(y.dtype)

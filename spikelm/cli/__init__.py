@@ -59,6 +59,10 @@ COMMANDS: dict[str, Command] = {
         target="spikelm.cli.report:report",
         summary="Make an HTML and Markdown report of records of eval and energy.",
     ),
+    "energy": Command(
+        target="spikelm.cli.energy:energy",
+        summary="Count what a token costs: operations, bytes, estimated energy, measured time.",
+    ),
     "generate": Command(
         target="spikelm.cli.generate:generate", summary="Let a checkpoint continue a prompt."
     ),

@@ -29,16 +29,18 @@ def kernels(
     peer_python: PeerPython = None,
     json: JsonOption = None,
 ) -> None:
-    """Time the CPU kernels on one thread beside a copy of the same bytes.
+    """Time the CPU kernels on one thread beside a copy of the same bytes, and the checks before a call.
 
     The peer is SpikingJelly's LIF node; its environment needs spikingjelly, torch and loguru.
 
     Example: spikelm bench kernels --repeats 20 --json kernels.json
     """
+    from spikelm.bench import checks
     from spikelm.bench import kernels as bench
 
     figures = bench.measure(repeats, _checked(peer_python))
-    _finish(bench.lines(figures), figures, json)
+    check_us = checks.measure_checks()
+    _finish([*bench.lines(figures), checks.line(check_us)], figures, json, check_us=check_us)
 
 
 @app.command()
@@ -120,11 +122,11 @@ def _checked(python: Path | None) -> Path | None:
     return python
 
 
-def _finish(lines: Sequence[str], figures: dict[str, Any], json: Path | None) -> None:
+def _finish(lines: Sequence[str], figures: dict[str, Any], json: Path | None, **beside: Any) -> None:
     from spikelm.bench.record import document
 
     if str(json) != "-":
         out = console()
         for line in lines:
             out.print(line, markup=False)
-    write_json(json, document(figures))
+    write_json(json, {**document(figures), **beside})

@@ -145,6 +145,8 @@ def generate(
                     bar.advance()
         except KeyboardInterrupt:  # what is written so far is still worth having
             interrupted = True
+        finally:
+            pieces.close()  # the meter is complete then
     if not written and not interrupted:
         finish = "length"
     continuation = "".join(piece.text for piece in written)

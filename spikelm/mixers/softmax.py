@@ -131,14 +131,15 @@ class SoftmaxMixer(Part):
             return y[:, 0], state
         position = cast(Tensor, state["position"])
         keys, values = cast(Tensor, state["keys"]), cast(Tensor, state["values"])
-        if not ctx.static:
+        static = ctx.static or torch.compiler.is_compiling()
+        if not static:
             self.check_room(position + 1, keys.shape[1])
         q, k, v, new = self._heads(x, position + self.sinks, state, ctx)
         slot = (position % keys.shape[1])[:, None, None, None].expand(-1, 1, *k.shape[1:])
         new["keys"] = keys = keys.scatter(1, slot, k[:, None].to(keys.dtype))
         new["values"] = values = values.scatter(1, slot, v[:, None].to(values.dtype))
         new["position"] = position + 1
-        filled = keys.shape[1] if ctx.static else min(int(position.max()) + 1, keys.shape[1])
+        filled = keys.shape[1] if static else min(int(position.max()) + 1, keys.shape[1])
         keys, values = keys[:, :filled], values[:, :filled]
         visible = torch.arange(filled, device=x.device) <= position[:, None]
         if self.sinks:
@@ -163,17 +164,21 @@ class SoftmaxMixer(Part):
         last, room, T = cast(Tensor, state["position"]), ring[0].shape[1], x.shape[1]
         position, after = positions(last, ctx, T)
         count = after.new_full(after.shape, T) if ctx.valid is None else ctx.valid.sum(1)
-        self.check_room((position + (1 if ctx.valid is None else ctx.valid.long())).amax(1), room)
+        static = ctx.static or torch.compiler.is_compiling()
+        if not static:
+            self.check_room((position + (1 if ctx.valid is None else ctx.valid.long())).amax(1), room)
         q, k, v, new = self._heads(x, position + self.sinks, state, ctx)
-        # Of the ring only what some row has filled, in order of time, the newest at the right.
-        past = min(int(last.max()), room)
+        # Of the ring what some row has filled, or all of it where nobody may look; in order of time, the
+        # newest at the right.
+        past = room if static else min(int(last.max()), room)
         order = (last[:, None] - past + torch.arange(past, device=x.device)) % room
         kept = [
             torch.cat([_columns(old, order).to(now.dtype), now], 1)
             for old, now in zip(ring, (k, v), strict=True)
         ]
         own = past + torch.arange(T, device=x.device)
-        o = attend(q, kept[0], kept[1], own - position.clamp(max=room - 1), self._pinned(state, q.dtype))
+        first = own - position.clamp(max=room - 1)
+        o = attend(q, kept[0], kept[1], first, self._pinned(state, q.dtype), room - 1 if static else None)
         # Slot s holds the newest position that is s modulo R, `back` columns before the last valid token.
         slot = torch.arange(room, device=x.device)
         back = (after[:, None] - 1 - slot) % room

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.activations import lerp
-from spikelm.block import fire
+from spikelm.block import fire, lower_fire
 from spikelm.build import Build
 from spikelm.errors import ConfigError, PlanError
 from spikelm.heads import resolve_heads
@@ -261,7 +261,8 @@ class SpikingAttention(Part):
             norm = self.get_submodule(f"{name}_norm")
             if not isinstance(norm, nn.Identity):
                 y = plan.norm(norm, y)
-            spikes.append(plan.child(self.get_submodule(f"{name}_neuron"), y, state[f"{name}_neuron"]))
+            neuron = cast(Neuron, self.get_submodule(f"{name}_neuron"))
+            spikes.append(lower_fire(plan, neuron, y, state[f"{name}_neuron"]))
         q, k, v = self._lowered_operands(plan, spikes)
         log_decay = self.log_decay(torch.zeros(()))
         o = plan.register(v.width)
@@ -291,7 +292,7 @@ class SpikingAttention(Part):
         self, plan: Builder, o: Register, spikes: Sequence[Register], state: Fields
     ) -> Register:
         """Records of :meth:`_finish`."""
-        return plan.child(self.attention_neuron, o, state["attention_neuron"])
+        return lower_fire(plan, self.attention_neuron, o, state["attention_neuron"])
 
     def _spikes(
         self, x: Tensor, previous: Tensor, state: State, new: State, ctx: Context

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ConfigError, PlanError
-from spikelm.kernels.encode import adaptive_encode
+from spikelm.kernels.encode import adaptive_encode, adaptive_encode_int8
 from spikelm.kernels.plan.builder import INT8_SPIKES
 from spikelm.neurons.base import LoweredSpikes, Neuron
 from spikelm.recurrence import Context, memory_dtype, zero_invalid
@@ -77,11 +77,23 @@ class Adaptive(Neuron):
         """Integer counts [.., D] and the threshold [.., 1] that the product is to be scaled with."""
         return self._counts(x, state, ctx)
 
-    def _counts(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor, State]:
+    def encode_int8(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor | None, State]:
+        """The same in int8; a subclass with an :meth:`encode` of its own is asked for that."""
+        if type(self).encode is not Adaptive.encode:
+            return self.encode(x, state, ctx)
+        return self._counts(x, state, ctx, integer=self.cap is not None)
+
+    def _counts(
+        self, x: Tensor, state: State, ctx: Context, integer: bool = False
+    ) -> tuple[Tensor, Tensor, State]:
         x = zero_invalid(x, ctx) if x.dim() == 3 else x
         cap = UNLIMITED if self.cap is None else self.cap
         mean = None if self.whole_mean is None else self.whole_mean(x.detach())
-        counts, threshold = adaptive_encode(x, k=self.k, dead_zone=self.dead_zone, cap=cap, mean=mean)
+        options: dict[str, Any] = {"k": self.k, "dead_zone": self.dead_zone, "cap": cap, "mean": mean}
+        if integer:
+            counts, threshold, _ = adaptive_encode_int8(x, **options)
+        else:
+            counts, threshold = adaptive_encode(x, **options)
         if x.dim() == 3:
             self.add_rate_loss(x, counts, ctx)
         return counts, threshold, state
@@ -122,9 +134,10 @@ class Adaptive(Neuron):
             f=(self.k, self.dead_zone, UNLIMITED if self.cap is None else self.cap),
             flags=INT8_SPIKES if integer else 0,
         )
+        before = None if self.cap is None else x
         if integer:
-            return LoweredSpikes(counts=counts, scale=threshold)
-        return LoweredSpikes(values=counts, scale=threshold)
+            return LoweredSpikes(counts=counts, scale=threshold, before=before)
+        return LoweredSpikes(values=counts, scale=threshold, before=before)
 
     def clipped(self, x: Tensor, spikes: Tensor, scale: Tensor | None) -> Tensor | None:
         """Where |round(x / V)| exceeds the cap; a count that just reaches it is not cut off."""

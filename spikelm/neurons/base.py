@@ -60,11 +60,13 @@ class LoweredSpikes:
         values: float32 spikes; None where counts are given.
         counts: int8 spikes, one byte each.
         scale: one float, what the product is multiplied with; None for 1.
+        before: x of counts round(x / scale) that a cap may have made smaller; None without a cap.
     """
 
     values: Register | None = None
     counts: Register | None = None
     scale: Register | None = None
+    before: Register | None = None
 
 
 class Neuron(Part):
@@ -109,6 +111,14 @@ class Neuron(Part):
         """
         y, state = self(x, state, ctx)
         return y, None, state
+
+    def encode_int8(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, Tensor | None, State]:
+        """:meth:`encode` without gradients, for a product with int8 weights.
+
+        The same spikes, in int8 where the neuron makes such at once; what is NaN there is 0 here, with a
+        scale that is NaN or infinite.
+        """
+        return self.encode(x, state, ctx)
 
     def clipped(self, x: Tensor, spikes: Tensor, scale: Tensor | None) -> Tensor | None:
         """Where the cap made a count smaller, bool [.., D], or None without a cap.

@@ -11,28 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikelm.data import TokenBlocks, open_source
-from spikelm.data.source import Source
 from spikelm.data.store import tokenise
 from spikelm.errors import DataError
 from spikelm.tokenizer import Tokenizer
 
-BYTES = Tokenizer.bytes()
-BPE = Tokenizer.train_bpe(["abc abc bca cab é日 " * 30], 280)
-
-
-class Texts(Source):
-    """Documents in memory with a fingerprint of their own; counts how often it is read."""
-
-    def __init__(self, *texts: str) -> None:
-        super().__init__("texts")
-        self.texts, self.reads = texts, 0
-
-    def _documents(self):
-        self.reads += 1
-        yield from self.texts
-
-    def fingerprint(self) -> str:
-        return repr(self.texts)
+from .stores import BPE, BYTES, Texts
 
 
 def blocks_of(texts: list[str], tokenizer: Tokenizer, length: int) -> TokenBlocks:

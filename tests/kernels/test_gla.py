@@ -2,101 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from spikelm.errors import ShapeError
 from spikelm.kernels.dispatch import choose, use_backend
 from spikelm.kernels.gla import gla, initial_state
-from spikelm.kernels.gla.c import CHUNK, gla_backward, gla_forward
 
-# B, T, H, G, K, V
-SHAPES = [
-    (1, 1, 1, 1, 1, 1),
-    (2, 1, 6, 2, 5, 3),
-    (2, 7, 4, 4, 3, 8),
-    (1, 63, 6, 2, 5, 3),
-    (2, 64, 2, 1, 8, 8),
-    (1, 65, 3, 3, 4, 9),
-    (2, 130, 6, 2, 7, 5),
-]
-GATES = ("channel", "head", "none")
-NAMES = ("o", "state", "grad q", "grad k", "grad v", "grad g", "grad state")
-SCALE = 0.4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Inputs (q, k, v, g, state) in fp64, masks, and the gradients that arrive at o and the last state."""
-
-    inputs: tuple[Tensor | None, ...]
-    reset: Tensor | None
-    valid: Tensor | None
-    grad_o: Tensor
-    grad_state: Tensor
-
-
-def make_case(
-    batch: int,
-    steps: int,
-    heads: int,
-    groups: int,
-    key_dim: int,
-    value_dim: int,
-    gate: str = "channel",
-    masks: str = "none",
-    strength: float = 1.0,
-) -> Case:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        # fp32 values in fp64: the fp32 forms see exactly the same inputs
-        return torch.randn(*shape, generator=generator).double()
-
-    width = {"channel": key_dim, "head": 1, "none": 0}[gate]
-    g = strength * logsigmoid(normal(batch, steps, groups, width)) if width else None
-    draw = torch.rand(2, batch, steps, generator=generator)
-    return Case(
-        inputs=(
-            normal(batch, steps, heads, key_dim),
-            normal(batch, steps, groups, key_dim),
-            normal(batch, steps, groups, value_dim),
-            None if g is None else g.float().double(),
-            normal(batch, groups, key_dim, value_dim),
-        ),
-        reset=draw[0] < 0.1 if masks in ("reset", "both") else None,
-        valid=draw[1] < 0.75 if masks in ("valid", "both") else None,
-        grad_o=normal(batch, steps, heads, value_dim),
-        grad_state=normal(batch, groups, key_dim, value_dim),
-    )
-
-
-def run(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    leaves = [None if x is None else x.to(dtype).requires_grad_() for x in case.inputs]
-    q, k, v, g, state = leaves
-    assert q is not None and k is not None and v is not None and state is not None
-    o, last = gla(q, k, v, g, state, scale=SCALE, reset=case.reset, valid=case.valid)
-    wanted = [x for x in leaves if x is not None]
-    grads = torch.autograd.grad([o, last], wanted, [case.grad_o.to(dtype), case.grad_state.to(dtype)])
-    return [o.detach(), last.detach(), *grads]
-
-
-def reference(case: Case) -> list[Tensor]:
-    with use_backend("reference"):
-        return run(case)
-
-
-def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    names = NAMES if len(got) == len(NAMES) else tuple(name for name in NAMES if name != "grad g")
-    for name, a, b in zip(names, got, expected, strict=True):
-        assert torch.isfinite(a).all(), name
-        torch.testing.assert_close(
-            a.double(), b.double(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+from .gla_cases import GATES, NAMES, SCALE, SHAPES, assert_close, make_case, reference, run
 
 
 def test_reference_is_the_equation() -> None:
@@ -359,106 +275,3 @@ def test_wrong_shapes_are_refused() -> None:
         gla(q, k, v, k, state[:1], scale=1.0)
     with pytest.raises(ShapeError, match=r"reset must be bool \[2, 5\]"):
         gla(q, k, v, k, state, scale=1.0, reset=torch.zeros(2, 5))
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(
-    "shape",
-    [(1, 127, 3, 1, 17, 37), (1, 257, 2, 2, 65, 16), (1, 45, 2, 1, 256, 256), (2, CHUNK, 4, 2, 33, 20)],
-    ids=str,
-)
-def test_odd_and_large_sizes(c_form: None, shape: tuple[int, ...], gate: str, poisoned: None) -> None:
-    case = make_case(*shape, gate=gate, masks="both", strength=0.1)
-    expected = reference(case)
-    for got, tolerance in ((run(case), 1e-11), (run(case, torch.float32), 3e-6)):
-        for name, a, b in zip(NAMES, got, expected, strict=False):
-            error = (a - b).abs().max() / b.abs().max().clamp(min=1)
-            assert error < tolerance, f"{name}: {error:.1e}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gate", ["channel", "head"])
-def test_a_long_text(c_form: None, gate: str) -> None:
-    case = make_case(1, 4097, 2, 1, 9, 11, gate=gate, masks="both", strength=0.02)
-    for name, a, b in zip(NAMES, run(case, torch.float32), reference(case), strict=False):
-        assert (a - b).abs().max() / b.abs().max().clamp(min=1) < 3e-6, name
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_neither_threads_nor_the_batch_change_a_bit(c_form: None, gate: str) -> None:
-    case = make_case(3, 70, 6, 2, 40, 24, gate=gate, masks="both")
-    whole = run(case, torch.float32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        for a, b in zip(run(case, torch.float32), whole, strict=True):
-            assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(before)
-    assert case.reset is not None and case.valid is not None
-    alone = replace(
-        case,
-        inputs=tuple(None if x is None else x[1:2] for x in case.inputs),
-        reset=case.reset[1:2],
-        valid=case.valid[1:2],
-        grad_o=case.grad_o[1:2],
-        grad_state=case.grad_state[1:2],
-    )
-    for a, b in zip(run(alone, torch.float32), whole, strict=True):
-        assert torch.equal(a, b[1:2])
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_what_is_the_same_to_the_bit(c_form: None, gate: str) -> None:
-    """Outputs do not depend on later tokens, nor on cuts at multiples of a chunk."""
-    case = make_case(2, 3 * CHUNK + 5, 4, 2, 12, 20, gate=gate)
-    q, k, v, g, state = (None if x is None else x.float() for x in case.inputs)
-    assert q is not None and k is not None and v is not None and state is not None
-    whole, last = gla(q, k, v, g, state, scale=SCALE)
-    for cut in (2, 7, CHUNK, CHUNK + 9, 2 * CHUNK):
-        left, middle = gla(
-            q[:, :cut], k[:, :cut], v[:, :cut], None if g is None else g[:, :cut], state, scale=SCALE
-        )
-        assert torch.equal(left, whole[:, :cut]), cut
-        if cut % CHUNK == 0:
-            right, end = gla(
-                q[:, cut:], k[:, cut:], v[:, cut:], None if g is None else g[:, cut:], middle, scale=SCALE
-            )
-            assert torch.equal(right, whole[:, cut:]) and torch.equal(end, last)
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_nothing_passes_a_reset(c_form: None, gate: str) -> None:
-    """NaN in one document reaches no other one in the same chunk: neither values nor gradients."""
-    case = make_case(1, 2 * CHUNK, 4, 2, 6, 5, gate=gate)
-    reset = torch.zeros(1, 2 * CHUNK, dtype=torch.bool)
-    reset[0, [5, 20]] = True
-    leaves = [None if x is None else x.float().requires_grad_() for x in case.inputs]
-    q, k, v, g, state = leaves
-    assert q is not None and k is not None and v is not None and state is not None
-    bad = k.detach().clone()
-    bad[0, 7] = torch.nan
-    o, last = gla(q, bad, v, g, state, scale=SCALE, reset=reset)
-    assert o[0, 7:20].isnan().all()
-    assert o[0, :5].isfinite().all() and o[0, 20:].isfinite().all() and last.isfinite().all()
-    grads = torch.autograd.grad(
-        [o, last],
-        [x for x in leaves if x is not None and x is not k],
-        [case.grad_o.float().where(~o.isnan(), 0.0), case.grad_state.float()],
-    )
-    for grad in grads[:-1]:
-        assert grad[0, :5].isfinite().all() and grad[0, 20:].isfinite().all()
-    assert grads[-1].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gate", GATES)
-def test_opcheck(c_form: None, dtype: torch.dtype, gate: str) -> None:
-    case = make_case(2, CHUNK + 3, 2, 1, 3, 4, gate=gate, masks="both")
-    leaves = [None if x is None else x.to(dtype).requires_grad_() for x in case.inputs]
-    fixed = [None if x is None else x.detach() for x in leaves]
-    torch.library.opcheck(gla_forward, (*leaves, SCALE, case.reset, None, True))
-    torch.library.opcheck(gla_forward, (*fixed, SCALE, None, case.valid, False))
-    _, _, states = gla_forward(*fixed, SCALE, case.reset, case.valid, True)
-    grads = (case.grad_o.to(dtype), case.grad_state.to(dtype))
-    torch.library.opcheck(gla_backward, (*grads, *fixed[:4], states, SCALE, case.reset, case.valid))

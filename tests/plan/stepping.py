@@ -49,8 +49,8 @@ def margins(monkeypatch: Any) -> Iterator[Margin]:
     margin = Margin()
     encode, lif_fast, heaviside = Adaptive._counts, IntegrateAndFire.fast, Heaviside.step
 
-    def counts(self: Adaptive, x: Tensor, state: State, ctx: Context) -> Any:
-        found = encode(self, x, state, ctx)
+    def counts(self: Adaptive, x: Tensor, state: State, ctx: Context, **options: Any) -> Any:
+        found = encode(self, x, state, ctx, **options)
         scaled = (x / found[1]).double()
         distance = ((scaled.abs() % 1.0) - 0.5).abs()
         if self.dead_zone:

@@ -15,9 +15,7 @@ from spikelm.errors import KernelError
 from spikelm.generation import Piece, generate
 from spikelm.kernels.compile import compiler_command
 from spikelm.kernels.dispatch import use_backend
-from spikelm.meter import Meter
 from spikelm.model import SpikeLM
-from spikelm.recurrence import Context
 from spikelm.sampling import Sampler
 from spikelm.tokenizer import Tokenizer
 
@@ -69,7 +67,7 @@ def test_the_text_and_its_probabilities_are_those_of_the_model(built: list[Decod
     assert [plan.steps for plan in built] == [23]  # type: ignore[attr-defined]
     with use_backend("c"):
         assert run(ours) == pieces
-    python = run(ours, ctx=Context(meter=Meter()))
+    python = run(ours, planned=False)
     assert len(built) == 1 and built[0].steps == 46  # type: ignore[attr-defined]
     assert python == pieces
     assert len({piece.token for piece in pieces}) > 8
@@ -120,7 +118,7 @@ def test_changed_weights_give_a_new_plan(built: list[DecodePlan]) -> None:
                 parameter.add_(1.0)
     after = run(ours)
     assert len(built) == 2 and after != before
-    assert after == run(ours, ctx=Context(meter=Meter()))
+    assert after == run(ours, planned=False)
     ours.load_state_dict(model(neuron=NEURONS["plif-gain"]).state_dict())
     assert run(ours) == before
     assert len(built) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,7 +22,6 @@ HYBRIDS = (
     *("spikingbrain-nano", "spikingbrain-moe-nano", "spikingbrain2-nano", "spikformer-lm-nano"),
     "spike-driven-lm-nano",
 )
-LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so")
 
 
 @pytest.mark.parametrize("preset", HYBRIDS)
@@ -39,43 +39,44 @@ def test_steps_of_hybrids(preset: str) -> None:
 
 
 @pytest.mark.slow
-def test_no_sanitizer_complains(tmp_path: Path) -> None:
+def test_no_sanitizer_complains(sanitized: dict[str, str]) -> None:
     """The tests of plans again, with C that stops at a wrong access or undefined operation."""
-    try:
-        (compiler, *_) = compiler_command()
-    except KernelError as error:
-        pytest.skip(str(error))
-    # The sanitizers' runtime must be the first library of a process that was not built with it.
-    preload = []
-    for name in LIBRARIES:
-        found = subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        if not Path(found).is_absolute():
-            pytest.skip(f"the compiler has no {name}")
-        preload.append(found)
-    environment = {
-        **os.environ,
-        "CC": f"{compiler} -g -fsanitize=address,undefined",
-        "SPIKELM_CACHE": str(tmp_path / "cache"),
-        "LD_PRELOAD": " ".join(preload),
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        "OMP_NUM_THREADS": "1",
-    }
     # Tests that run the kernels of hybrid models too would compile for many minutes here.
     files = [str(HERE / name) for name in ("test_rwkv.py", "test_plan.py", "test_sanitizers.py")]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow", "-k", "not hundred"]
+    command += ["-m", "not slow", "-k", "not hundred and not random_records"]
+    command += ["-n", "2"] if importlib.util.find_spec("xdist") else []
+    run(command, sanitized, 1800)
+    (built,) = Path(sanitized["SPIKELM_CACHE"]).glob("plan-*.so")
+    assert b"__asan_init" in built.read_bytes()
+
+
+def test_random_records() -> None:
+    """Plans of any records in any order: the same bits wherever registers stand, and for a row alone."""
+    try:
+        compiler_command()
+    except KernelError as error:
+        pytest.skip(str(error))
+    run([sys.executable, str(HERE / "fuzz_run.py"), "0", "60"], dict(os.environ), 300)
+
+
+@pytest.mark.slow
+def test_random_records_under_sanitizers(sanitized: dict[str, str]) -> None:
+    """Many more of them, with C that stops at a wrong access or undefined operation."""
+    run([sys.executable, str(HERE / "fuzz_run.py"), "1000", "400"], sanitized, 900)
+
+
+def run(command: list[str], environment: dict[str, str], seconds: int) -> None:
+    """A process that must end well, with this checkout on its path."""
+    root = HERE.parents[1]
+    path = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
         command,
-        env=environment,
+        env={**environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=seconds,
         check=False,
-        cwd=HERE.parents[1],
+        cwd=root,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (built,) = (tmp_path / "cache").glob("plan-*.so")
-    assert b"__asan_init" in built.read_bytes()

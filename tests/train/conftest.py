@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from .finetuning import write_toy
+
 MakeValues = Callable[..., dict[str, Any]]
 
 WORDS = "the spike of a neuron is a small thing, and many of them say what one cannot".split()
@@ -97,3 +99,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of that run in tmp_path."""
     return Path(shutil.copytree(finished_run, tmp_path / "whole", symlinks=True))
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder with a toy classification set."""
+    write_toy(tmp_path / "train.txt", 320, 1)
+    write_toy(tmp_path / "test.txt", 120, 2)
+    return tmp_path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,76 +22,16 @@ from spikelm.checkpoint import load_model, save_checkpoint
 from spikelm.classifier import Classifier, load_body, load_classifier
 from spikelm.cli import main
 from spikelm.config import ModelConfig
-from spikelm.errors import CheckpointError, ConfigError, DataError
+from spikelm.errors import CheckpointError
 from spikelm.model import SpikeLM
 from spikelm.recurrence import Context
 from spikelm.tokenizer import Tokenizer
-from spikelm.train.finetune.batches import collate, encode, training_batches
+from spikelm.train.finetune.batches import collate, encode
 from spikelm.train.finetune.config import FinetuneConfig
-from spikelm.train.finetune.examples import bucket, load_task
-from spikelm.train.finetune.metrics import measure, spread
 from spikelm.train.finetune.seeds import Report, finetune
 from spikelm.train.reporting import Bar
 
-FILLER = "the film that he and she saw with them in this old house near a small town by our lake".split()
-NEURONS = {
-    "sd": {"placement": "before", "neuron": {"name": "adaptive", "k": 3.0, "dead_zone": 1.0}},
-    "lif": {"placement": "after", "neuron": {"name": "lif"}, "embedding_neuron": {"name": "heaviside"}},
-    "twin": {"placement": "before", "neuron": {"name": "none"}},
-}
-
-
-def write_toy(path: Path, lines: int, seed: int, shuffled: bool = False) -> Path:
-    """Lines whose class one word decides, wherever it stands."""
-    rng = random.Random(seed)
-    rows = []
-    for number in range(lines):
-        label = number % 2
-        words = rng.choices(FILLER, k=rng.randint(3, 9))
-        words.insert(
-            rng.randrange(len(words) + 1), rng.choice((("awful", "dull"), ("lovely", "great"))[label])
-        )
-        rows.append((rng.randrange(2) if shuffled else label, " ".join(words)))
-    path.write_text("".join(f"{label} {text}\n" for label, text in rows))
-    return path
-
-
-def values(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A tiny fine-tuning in a folder; ``data__fold`` stands for the key fold of data."""
-    made: dict[str, Any] = {
-        "model": {"hidden_size": 32, "num_hidden_layers": 1, **NEURONS["sd"]},
-        "data": {
-            "train": str(folder / "train.txt"),
-            "test": str(folder / "test.txt"),
-            "tokenizer": "bpe:320",
-            "max_length": 64,
-        },
-        "optim": {"lr": 1e-2, "min_lr": 1e-3},
-        "schedule": {"name": "cosine", "warmup": 4},
-        "epochs": 4,
-        "patience": 0,
-        "batch_size": 16,
-        "device": "cpu",
-        "out": str(folder / "out"),
-    }
-    for key, value in changes.items():
-        node, *rest = key.split("__")
-        if rest:
-            made[node] = {**made[node], rest[0]: value}
-        else:
-            made[node] = value
-    return made
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    write_toy(tmp_path / "train.txt", 320, 1)
-    write_toy(tmp_path / "test.txt", 120, 2)
-    return tmp_path
-
-
-def run(folder: Path, **changes: Any) -> Report:
-    return finetune(FinetuneConfig.from_dict(values(folder, **changes)))
+from .finetuning import NEURONS, run, values, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -354,113 +292,3 @@ def test_from_a_checkpoint(toy: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "has its own tokenizer" in capsys.readouterr().err
     assert main(["finetune", str(toy / "lm")]) == 2
     assert "data.train is missing" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("0 fine\n1 words\nlonely\n", "line 3 is 'lonely', one word; expected a label"),
-        ("0 one\n0 two\n0 three\n", r"one class only \('0'\)"),
-        ("\n\n", "holds no line"),
-        ('{"text": "a b", "label": 0}\n{"txt": "c", "label": 1}', "data.text_field names it"),
-        ('{"text": "a b", "label": 0.5}', "the label is 0.5; expected text or a whole number"),
-        ('{"text": " ", "label": 0}', "expected text that is not empty"),
-        ("{", "line 1 is not JSON"),
-    ],
-)
-def test_bad_lines(toy: Path, content: str, message: str) -> None:
-    path = toy / ("bad.jsonl" if content.startswith("{") else "bad.txt")
-    path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        run(toy, data__train=str(path))
-
-
-def test_bad_sets(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (toy / "odd.txt").write_text("0 yes\n2 no\n")
-    for part in ("dev", "test"):
-        with pytest.raises(DataError, match=r"odd.txt line 2: unknown label '2'.*known: 0, 1 \(from"):
-            run(toy, **{f"data__{part}": str(toy / "odd.txt")})
-    with pytest.raises(DataError, match="no training text of class '7' of data.labels; it has 0, 1"):
-        run(toy, data__labels={"0": "no", "1": "yes", "7": "never"})
-    with pytest.raises(DataError, match="test.txt line 2: unknown label '1'"):
-        run(toy, data__train=str(toy / "odd.txt"), data__dev=str(toy / "test.txt"))
-    (toy / "latin.txt").write_bytes(b"0 caf\xe9\n1 tea\n")
-    with pytest.raises(DataError, match="byte 5 .*data.encoding=latin-1"):
-        run(toy, data__train=str(toy / "latin.txt"))
-    monkeypatch.delenv("NOWHERE", raising=False)
-    with pytest.raises(DataError, match="environment variable NOWHERE is not set"):
-        run(toy, data__train="$NOWHERE/train.txt")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"poling": "mean"}, "did you mean 'pooling'"),
-        ({"pooling": "sum"}, "pooling is 'sum'"),
-        ({"model": None}, "neither is given"),
-        ({"init_from": "x"}, "both are given"),
-        ({"data__fold": 2}, "data.test and data.fold both name a test set"),
-        ({"data__tokenizer": "bpe:many"}, "expected bpe:N"),
-        ({"schedule": {"warmup": 10_000}}, "schedule.warmup is 10000, longer than"),
-    ],
-)
-def test_bad_configurations(toy: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(toy, **changes)
-
-
-def test_long_texts_are_cut_and_counted(toy: Path) -> None:
-    warnings: list[str] = []
-    config = FinetuneConfig.from_dict(values(toy, epochs=1, data__max_length=4))
-    report = finetune(config, warn=warnings.append)
-    assert sum(report.cut.values()) > 100
-    assert any(f"{sum(report.cut.values())} of 440 texts are longer than" in text for text in warnings)
-
-
-def test_folds_cover_everything_and_no_text_is_on_two_sides(toy: Path) -> None:
-    write_toy(toy / "train.txt", 400, 3)
-    with (toy / "train.txt").open("a") as file:  # some texts twice
-        file.writelines((toy / "train.txt").read_text().splitlines(keepends=True)[:50])
-    seen: list[str] = []
-    for fold in range(10):
-        config = FinetuneConfig.from_dict(values(toy, data__test=None, data__fold=fold))
-        task = load_task(config.data, lambda text: None)
-        texts = [{example.text for example in part} for part in (task.train, task.dev, task.test)]
-        assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
-        assert len(task.train) + len(task.dev) + len(task.test) == 450
-        assert 15 <= len(task.test) <= 80 and f"fold {fold} of 10" in task.protocol
-        seen += [example.text for example in task.test]
-    assert len(seen) == 450
-    # The folds are the same on every machine and in every version.
-    assert [bucket("fold", text, 10) for text in ("a text", "café")] == [0, 6]
-
-
-def test_missing_classes_are_warned_about(toy: Path) -> None:
-    (toy / "test.txt").write_text("0 an awful film\n")
-    warnings: list[str] = []
-    load_task(FinetuneConfig.from_dict(values(toy)).data, warnings.append)
-    assert warnings == ["the test set has no text of class '1'; its figures say nothing about it"]
-
-
-def test_batches_hold_every_text_once_in_an_order_of_seed_and_epoch(toy: Path) -> None:
-    task = load_task(FinetuneConfig.from_dict(values(toy)).data, lambda text: None)
-    data = encode(task.train, Tokenizer.bytes(), 64)
-    orders = {}
-    for key in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        batches = list(training_batches(data, 16, *key))
-        order = [i for batch in batches for i in batch.index.tolist()]
-        assert sorted(order) == list(range(len(data)))
-        assert orders.setdefault(key, order) == order
-        real = sum(len(ids) for ids in data.tokens)
-        assert sum(batch.tokens.numel() for batch in batches) < 1.1 * real  # little padding
-    assert len({tuple(order) for order in orders.values()}) == 3
-
-
-def test_metrics_by_hand() -> None:
-    found = measure([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 1], 3, 6.0)
-    assert found.confusion == ((2, 1, 0), (0, 2, 0), (0, 1, 0))
-    assert found.accuracy == pytest.approx(4 / 6) and found.loss == 1.0
-    assert found.stderr == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
-    assert found.macro_f1 == pytest.approx((2 * 2 / 5 + 2 * 2 / 6 + 0) / 3)
-    assert spread([1.0, 3.0]) == {"mean": 2.0, "sd": pytest.approx(2**0.5), "stderr": pytest.approx(1.0)}
-    assert spread([1.0])["sd"] is None

@@ -223,6 +223,17 @@ def test_real_divergence_is_caught(make_values: Any) -> None:
     assert run.store.steps() == []
 
 
+@pytest.mark.parametrize("mixer", ["gla", "gated_delta"])
+def test_a_gate_that_a_kernel_refuses_is_a_bad_step(make_values: Any, mixer: str) -> None:
+    """No mock: activations that are NaN before they make a gate, which kernels on CPUs raise for."""
+    layer = {"mixer": {"name": mixer, "num_heads": 2}, "channel": {"name": "rwkv"}}
+    run = trainer(make_values(model__layers=[layer]))
+    with torch.no_grad():
+        run.model.embedding.weight.fill_(math.nan)
+    with pytest.raises(TrainingError, match="the loss is nan in step 1, micro-batch 1 of 1, samples 0 to 3"):
+        run.run()
+
+
 def test_nothing_to_predict(make_values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(make_values())
     original = run._text.train.batch
