@@ -18,7 +18,10 @@ def test_costs_are_those_of_the_record(
     quality.write_text(json.dumps(record))
     (tmp_path / "text.txt").write_text(TEXT)
     words = [*map(str, folders.values()), "--data", str(tmp_path / "text.txt"), "--max-bytes", "300"]
-    assert main(["energy", *words, "--timed", "8", "--repeats", "1", "--json", str(costs)]) == 0
+    assert (
+        main(["energy", *words, "--on-chip", "0.001", "--timed", "8", "--repeats", "1", "--json", str(costs)])
+        == 0
+    )
     assert main(["report", str(out), str(quality), str(costs)]) == 0
     assert main(["plot", "pareto", str(quality), str(costs), "--out", str(tmp_path / "p.png"), "--json",
                  str(tmp_path / "p.json")]) == 0  # fmt: skip
