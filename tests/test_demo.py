@@ -13,7 +13,7 @@ import torch
 
 from spikelm.checkpoint import load_model
 from spikelm.errors import ShapeError
-from spikelm.raster import draw_raster
+from spikelm.plots.raster import draw_raster
 
 
 def spikelm(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

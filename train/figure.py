@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spikelm.errors import ConfigError
+from spikelm.plots import canvas
 from spikelm.train.curves import RunCurves
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for colour-blind eyes
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_runs(runs: Sequence[RunCurves], path: str | Path, axis: str = "tokens") -> Path:
@@ -19,27 +20,28 @@ def draw_runs(runs: Sequence[RunCurves], path: str | Path, axis: str = "tokens")
 
     Args:
         runs: one colour each; every run that spikes also gets a map of its layers.
-        path: file to write; its suffix says the format.
+        path: file to write, .png or .svg.
         axis: ``tokens``, ``steps`` or ``seconds``.
 
     Raises:
         ConfigError: the file cannot be written, or its format is unknown.
     """
-    import matplotlib
+    target = canvas.check_ending(Path(path))
+    with canvas.on(canvas.LIGHT):
+        return canvas.save(_drawn(runs, axis), target)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def _drawn(runs: Sequence[RunCurves], axis: str) -> Figure:
     spiking = [run for run in runs if run.layers()[0]]
     rows = 2 + len(spiking)
-    figure = pyplot.figure(figsize=(12, 3.2 * rows), layout="constrained")
+    figure = canvas.blank(12, 3.2 * rows)
     grid = figure.add_gridspec(rows, 2)
     loss, rate, norm, speed = (figure.add_subplot(grid[i // 2, i % 2]) for i in range(4))
     # Tokens whose bytes are not known have no bits per byte.
     in_bytes = all(np.isfinite(run.series("bits_per_byte")).any() for run in runs)
     key = "bits_per_byte" if in_bytes else "loss"
     for index, run in enumerate(runs):
-        _draw_run(run, axis, key, _COLOURS[index % len(_COLOURS)], loss, rate, norm, speed)
+        _draw_run(run, axis, key, canvas.COLOURS[index % len(canvas.COLOURS)], loss, rate, norm, speed)
     loss.set_ylabel("bits per byte (dots: held out)" if in_bytes else "nats per token (dots: held out)")
     rate.set_ylabel("learning rate")
     norm.set_ylabel("gradient norm before clipping")
@@ -53,24 +55,14 @@ def draw_runs(runs: Sequence[RunCurves], path: str | Path, axis: str = "tokens")
     loss.legend(fontsize=8)
     for row, run in enumerate(spiking):
         _draw_layers(figure, figure.add_subplot(grid[2 + row, :]), run, axis)
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=110)
-    except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error
-    except ValueError as error:  # what matplotlib says about a suffix it does not know
-        raise ConfigError(f"cannot write {target}: {error}; use a name that ends in .png") from error
-    finally:
-        pyplot.close(figure)
-    return target
+    return figure
 
 
 def _draw_run(
     run: RunCurves, axis: str, key: str, colour: str, loss: Any, rate: Any, norm: Any, speed: Any
 ) -> None:
     x = run.x(axis)
-    loss.plot(x, run.series(key), color=colour, linewidth=1.2, label=run.name)
+    loss.plot(x, run.series(key), color=colour, linewidth=1.2, label=canvas.plain(run.name))
     if run.evaluations:
         held_out = run.series(key, run.evaluations)
         loss.plot(run.x(axis, run.evaluations), held_out, "o", color=colour, markersize=4)
@@ -96,7 +88,7 @@ def _draw_layers(figure: Any, axes: Any, run: RunCurves, axis: str) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylabel("layer")
     axes.set_xlabel(_label(axis))
-    axes.set_title(f"{run.name}: spike rate of each layer", fontsize=10)
+    axes.set_title(f"{canvas.plain(run.name)}: spike rate of each layer", fontsize=10)
     figure.colorbar(image, ax=axes, label="share of inputs that fire")
 
 

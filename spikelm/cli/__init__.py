@@ -44,7 +44,9 @@ COMMANDS: dict[str, Command] = {
         target="spikelm.cli.launch:launch",
         summary="Train on several GPUs or machines, or write a Slurm script.",
     ),
-    "plot": Command(target="spikelm.cli.plot:plot", summary="Draw and sum up training runs from their logs."),
+    "plot": Command(
+        target="spikelm.cli.plot:app", summary="Draw spikes, training runs and results, as PNG or SVG."
+    ),
     "finetune": Command(
         target="spikelm.cli.finetune:finetune",
         summary="Make a text classifier of a checkpoint, or train one from scratch.",
@@ -52,6 +54,10 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         target="spikelm.cli.evaluate:evaluate",
         summary="Measure a checkpoint: bits per byte, perplexity, spike rates.",
+    ),
+    "report": Command(
+        target="spikelm.cli.report:report",
+        summary="Make an HTML and Markdown report of records of eval and energy.",
     ),
     "energy": Command(
         target="spikelm.cli.energy:energy",

@@ -210,7 +210,7 @@ def _raster(model: SpikeLM, tokenizer: Tokenizer, text: Source, path: Path) -> P
     import torch
 
     from spikelm.meter import Meter
-    from spikelm.raster import draw_raster
+    from spikelm.plots.raster import draw_raster
     from spikelm.recurrence import Context
 
     longest = max(text.documents(), key=len)

@@ -1,106 +1,107 @@
-"""``spikelm plot``: the curves of training runs, as a picture and in words."""
+"""``spikelm plot``: pictures of spikes, of training runs and of results, one command for each kind."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from spikelm.cli._common import JsonOption, console, human_bytes, human_count, human_time, write_json
+from spikelm.cli import plot_spikes
+from spikelm.cli._common import JsonOption, console, write_json
+from spikelm.cli.plot_loss import loss
+from spikelm.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from spikelm.train.curves import RunCurves
+    from collections.abc import Mapping
 
 
-def plot(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="Folders of runs (their key out), or log.jsonl files."),
+class PlotGroup(TyperGroup):
+    """The kinds of plots; a run given in place of one is told what to type."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or refuse with one sentence."""
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            if os.sep in name or Path(name).exists():
+                raise ConfigError(
+                    f"{name} is no kind of plot; to draw a training run use `spikelm plot loss {name}`"
+                )
+            raise ConfigError(nearest("plot", name, self.commands))
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=PlotGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Draw spikes, training runs and results; PNG or SVG, with --json for the numbers drawn.",
+)
+app.command("loss")(loss)
+app.command("raster")(plot_spikes.raster)
+app.command("rates")(plot_spikes.rates)
+app.command("counts")(plot_spikes.counts)
+app.command("membrane")(plot_spikes.membrane)
+app.command("spectrum")(plot_spikes.spectrum)
+
+
+@app.command("pareto")
+def pareto(
+    records: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECORD.json...", help="Files that --json of spikelm eval and energy wrote."),
     ],
-    out: Annotated[
-        Path | None,
+    figure: Annotated[
+        str | None,
         typer.Option(
-            "--out", metavar="FILE.png", help="Picture to write; curves.png in the first run if absent."
+            "--figure",
+            metavar="LABEL",
+            help="Which bits per byte: carried, disjoint@1024, ...; first if absent.",
         ),
     ] = None,
-    axis: Annotated[
-        str, typer.Option("--x", help="What is on the x axis: tokens, steps or seconds.")
-    ] = "tokens",
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Picture to write, .png or .svg.")
+    ] = Path("pareto.png"),
     json_file: JsonOption = None,
 ) -> None:
-    """Draw and sum up training runs.
+    """Draw bits per byte against operations, bytes and seconds per token.
 
-    The picture has bits per byte on training and held-out text, learning rate, gradient norm, speed (as a
-    share of the measured peak where it is known), and a map of spike rates per layer for every run that
-    spikes. Several runs share the axes. A run may still be going on.
+    A checkpoint appears once it has a record of spikelm eval and one of spikelm energy; the two are put
+    together by the hash of its weights. The line joins the models that no other one beats in both.
 
-    Example: spikelm plot runs/nano-sd runs/nano-twin --out curves.png --x tokens
+    Example: spikelm plot pareto eval.json energy.json --out pareto.svg
     """
-    from spikelm.errors import ConfigError, nearest
-    from spikelm.train.curves import AXES, RunCurves
-    from spikelm.train.figure import draw_runs
+    from spikelm.evaluation.record import read
+    from spikelm.plots import canvas
+    from spikelm.plots import pareto as plot
 
-    if axis not in AXES:
-        raise ConfigError(nearest("x axis", axis, AXES))
-    found = [RunCurves.read(run) for run in runs]
-    if len({run.name for run in found}) < len(found):
-        found = [replace(run, name=given) for run, given in zip(found, runs, strict=True)]
-    first = Path(runs[0])
-    target = out or (first if first.is_dir() else first.parent) / "curves.png"
-    picture = draw_runs(found, target, axis)
-    write_json(json_file, {"picture": picture, "runs": [run.to_dict() for run in found]})
-    if json_file is None or str(json_file) != "-":
-        _print(found, picture)
+    canvas.check_ending(out)
+    numbers = plot.pareto([read(path) for path in records], figure)
+    picture = canvas.save(plot.draw(numbers), out)
+    write_json(json_file, {"picture": picture, **numbers})
+    if str(json_file) != "-":
+        _print(numbers, picture)
 
 
-def _print(runs: Sequence[RunCurves], picture: Path) -> None:
-    """One column for each run."""
+def _print(numbers: Mapping[str, Any], picture: Path) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    columns = [_column(run.summary()) for run in runs]
-    table = Table(box=None)
-    table.add_column("")
-    for run in runs:
-        table.add_column(run.name)
-    for key in columns[0]:
-        table.add_row(key, *(column[key] for column in columns))
+    from spikelm.plots.pareto import COSTS
+
+    table = Table(title=f"bits per byte: {numbers['figure']}; costs per token")
+    for heading in ("model", "bits/byte", *COSTS, "on the front of"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for model in numbers["models"]:
+        fronts = [cost for cost in COSTS if model["label"] in numbers["fronts"][cost]]
+        values = [model["bits_per_byte"], *(model[cost] for cost in COSTS)]
+        shown = ["-" if value is None else f"{value:.4g}" for value in values]
+        table.add_row(escape(model["label"]), *shown, ", ".join(fronts) or "none")
     console().print(table)
-    console().print(f"picture: {picture}")
-
-
-def _column(summary: dict[str, Any]) -> dict[str, str]:
-    def show(key: str, form: str) -> str:
-        return "-" if summary[key] is None else format(summary[key], form)
-
-    of = "" if summary["steps"] is None else f" of {summary['steps']}"
-    best = (
-        "-"
-        if summary["best_step"] is None
-        else f"{show('best_bits_per_byte', '.4f')} at step {summary['best_step']}"
-    )
-    trouble = {
-        "resumes": summary["resumes"],
-        "loss spikes": summary["loss_spikes"],
-        "bad steps": summary["bad_steps"],
-        "warnings": summary["warnings"],
-    }
-    return {
-        "steps": f"{summary['step']}{of}",
-        "tokens": human_count(summary["tokens"]),
-        "time in steps": human_time(summary["seconds"]),
-        "training bits/byte": show("train_bits_per_byte", ".4f"),
-        "held out bits/byte": show("held_out_bits_per_byte", ".4f"),
-        "best held out": best,
-        "tokens/s (median)": "-"
-        if summary["tokens_per_second"] is None
-        else human_count(summary["tokens_per_second"]),
-        "MFU (median)": show("mfu", ".1%"),
-        "gradient norm": f"{show('grad_norm', '.3g')} (median), {show('largest_grad_norm', '.3g')} (largest)",
-        "spike rate": show("spike_rate", ".1%"),
-        "channels that never fired": show("never_fired", ".1%"),
-        "memory (largest)": "-" if summary["peak_rss"] is None else human_bytes(summary["peak_rss"]),
-        "events": ", ".join(f"{count} {name}" for name, count in trouble.items() if count) or "none",
-    }
+    if numbers["unmatched"]:
+        console().print(
+            f"left out, for want of the other record: {', '.join(numbers['unmatched'])}", markup=False
+        )
+    console().print(f"picture: {picture}", markup=False)

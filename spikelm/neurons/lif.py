@@ -100,13 +100,17 @@ class IntegrateAndFire(Neuron):
     def _drive(self, x: Tensor) -> Tensor:
         return x.to(memory_dtype(x)) if self.gain is None else cast(Tensor, self.gain(x))
 
-    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """Charge, fire, reset."""
+    def charge(self, x: Tensor, membrane: Tensor) -> Tensor:
+        """The membrane after an input and before it fires, h of the equations; x [B, D], membrane [B, D]."""
         x = self._drive(x)
-        v = cast(Tensor, state["membrane"]).to(x.dtype)
+        v = membrane.to(x.dtype)
         leak = self.leak(x)
         rest = v - self.v_reset
-        h = v + (x - rest) * leak if self.decay_input else v - rest * leak + x
+        return v + (x - rest) * leak if self.decay_input else v - rest * leak + x
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """Charge, fire, reset."""
+        h = self.charge(x, cast(Tensor, state["membrane"]))
         s = spike(h - self.threshold, self.surrogate, self.alpha)
         fired = s.detach() if self.detach_reset else s
         v = h - self.threshold * fired if self.soft_reset else h * (1 - fired) + self.v_reset * fired

@@ -55,7 +55,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_files() -> set[str]:
     """Every file of the package that git knows or could know, by its name inside the wheel."""
-    wanted = {".py", ".c", ".h", ".yaml", ".json", ".typed"}
+    wanted = {".py", ".c", ".h", ".css", ".yaml", ".json", ".typed"}
     names = set()
     for top in ("spikelm", "spikelm/kernels", "spikelm/train", "spikelm/serve", "spikelm/configs"):
         for path in (ROOT / top).resolve().rglob("*"):

@@ -1,4 +1,4 @@
-"""``spikelm plot``: what is drawn and said is what the log holds, and bad input is one sentence."""
+"""``spikelm plot loss``: what is drawn and said is what the log holds, and bad input is one sentence."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_command(whole: Path, make_values: Any, tmp_path: Path, capsys: pytest.C
     Trainer(TrainConfig.from_dict(values)).run()
     sizes = []
     for axis in ("tokens", "steps", "seconds"):
-        words = ["plot", str(whole), str(tmp_path / "twin" / "log.jsonl"), "--x", axis]
+        words = ["plot", "loss", str(whole), str(tmp_path / "twin" / "log.jsonl"), "--x", axis]
         assert main([*words, "--out", str(tmp_path / "new" / f"{axis}.png")]) == 0
         picture = image.imread(tmp_path / "new" / f"{axis}.png")
         assert picture[..., :3].std() > 0.01
@@ -61,13 +61,13 @@ def test_command(whole: Path, make_values: Any, tmp_path: Path, capsys: pytest.C
     ):
         assert words in shown, words
     # Without a name the picture lies beside the log; a twin alone has no map of spikes, so it is lower.
-    assert main(["plot", str(tmp_path / "twin"), "--json", str(tmp_path / "r.json")]) == 0
+    assert main(["plot", "loss", str(tmp_path / "twin"), "--json", str(tmp_path / "r.json")]) == 0
     assert image.imread(tmp_path / "twin" / "curves.png").shape[0] < sizes[0][0]
     (told,) = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert told["run"] == "twin" and told["curves"]["step"] == [2, 4] and told["mfu"] > 0
     assert told["spike_rate"] is None and told["spike_rate_of_layers"] == {}
     capsys.readouterr()
-    assert main(["plot", str(whole), str(whole), "--json", "-"]) == 0
+    assert main(["plot", "loss", str(whole), str(whole), "--json", "-"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [run["run"] for run in runs] == [str(whole)] * 2  # one name for both would say nothing
 
@@ -83,7 +83,7 @@ def test_a_log_with_gaps_and_strange_lines(whole: Path) -> None:
     path.write_text("\n".join([json.dumps(old), json.dumps(bad), *steps[1:3], '{"event": "st']))
     run = RunCurves.read(path)
     assert np.isnan(run.series("grad_norm")[0]) and len(run.steps) >= 2
-    assert main(["plot", str(path), "--out", str(whole / "x.png")]) == 0
+    assert main(["plot", "loss", str(path), "--out", str(whole / "x.png")]) == 0
     json.dumps(run.to_dict(), allow_nan=False)
 
 
@@ -109,7 +109,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.jsonl").write_text("")
-    assert main(["plot", *words]) == 2
+    assert main(["plot", "loss", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("spikelm: error: ") and error.count("\n") == 1 and message in error, error
 
