@@ -9,11 +9,17 @@ static void tally_counts(const struct machine *m, const struct record *r, const 
     statistics[STATISTIC_CALLS] += m->rows;
     EACH_ROW {
         const int8_t *counts = (const int8_t *)reg(m, row, r->a[0]);
-        int32_t silent = 0, magnitude = 0; /* below 2^31: a row has at most 2^24 inputs */
-#pragma omp simd reduction(+ : silent, magnitude)
-        for (int64_t i = 0; i < w->inputs; i++) {
-            silent += counts[i] == 0;
-            magnitude += counts[i] < 0 ? -counts[i] : counts[i];
+        int64_t silent = 0, magnitude = 0;
+        for (int64_t first = 0; first < w->inputs; first += 256) {
+            const int64_t last = first + 256 < w->inputs ? first + 256 : w->inputs;
+            int16_t zeros = 0, sum = 0; /* at most 256 * 127 */
+#pragma omp simd reduction(+ : zeros, sum)
+            for (int64_t i = first; i < last; i++) {
+                zeros = (int16_t)(zeros + (counts[i] == 0));
+                sum = (int16_t)(sum + (counts[i] < 0 ? -counts[i] : counts[i]));
+            }
+            silent += zeros;
+            magnitude += sum;
         }
         statistics[STATISTIC_SILENT] += silent;
         statistics[STATISTIC_MAGNITUDE] += magnitude;
