@@ -130,16 +130,27 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
     }
 }
 
+/* Tiles [first, last) of all `tiles`, each of one output in every quarter. */
+static void linear_tiles(const struct machine *m, const struct record *r, int64_t first, int64_t last,
+                         int64_t tiles) {
+    for (int64_t tile = first; tile < last; tile++) {
+        linear_tile(m, r, TILE, tile, tiles);
+    }
+}
+
 /* x, y, inputs, outputs, scale (a register of one float, or -1), statistics; weights [outputs][inputs], bias or
  * null; flags: SPIKES where x holds whole numbers */
 STEP(linear) {
     tally_floats(m, r, r->a[5], r->a[2] * r->a[3] * (int64_t)sizeof(float));
     const int64_t outputs = r->a[3], tiles = outputs / TILE;
     const int threads = threads_for(m, r->a[2] * outputs);
-    (void)threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        linear_tile(m, r, TILE, tile, tiles);
+    if (threads == 1) {
+        linear_tiles(m, r, 0, tiles, tiles);
+    } else {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+        for (int thread = 0; thread < threads; thread++) {
+            linear_tiles(m, r, tiles * thread / threads, tiles * (thread + 1) / threads, tiles);
+        }
     }
     for (int64_t output = tiles * TILE; output < outputs; output++) {
         linear_tile(m, r, 1, output, 1);
