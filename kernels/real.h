@@ -45,6 +45,13 @@ static inline void sum_rows(int64_t rows, int64_t channels, const real *restrict
     }
 }
 
+/* Have a row in the cache soon. */
+INLINE void fetch_row(int64_t count, const real *row) {
+    for (int64_t i = 0; i < count; i += (int64_t)(64 / sizeof(real))) {
+        __builtin_prefetch(row + i);
+    }
+}
+
 #ifdef SPIKELM_DOUBLE
 
 #define REAL_ABS fabs
