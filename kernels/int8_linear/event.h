@@ -15,7 +15,7 @@
 #include "vector.h"
 
 #define INT8_TILE 128
-#define INT8_AHEAD 32 /* entries whose weights are fetched ahead */
+#define INT8_AHEAD 64 /* entries whose weights are fetched ahead */
 
 struct int8_segment {
     int32_t end;   /* entry behind the last */
