@@ -79,7 +79,7 @@ def _products(x: Tensor, w: Tensor, g: Tensor) -> Iterable[Callable[[], Tensor]]
 def read_bandwidth(num_bytes: int, huge_pages: bool = True, seconds: float = 1.5) -> float:
     """Bytes per second that one thread reads, the best of many passes over the same ``num_bytes``.
 
-    Passes take turns between one stream that is fetched ahead by instruction and one, two and four plain ones.
+    The fastest form counts: one stream fetched ahead by instruction, or one, two, four plain ones.
 
     What a decoder that reads its weights once for every token cannot exceed; memory that fits into a cache
     is faster than memory that does not, so ask for as many bytes as the decoder reads.
