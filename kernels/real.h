@@ -65,6 +65,13 @@ INLINE int any_not_finite(int64_t count, const real *restrict x) {
     return wrong;
 }
 
+/* Have a row in the cache soon. */
+INLINE void fetch_row(int64_t count, const real *row) {
+    for (int64_t i = 0; i < count; i += (int64_t)(64 / sizeof(real))) {
+        __builtin_prefetch(row + i);
+    }
+}
+
 #ifdef SPIKELM_DOUBLE
 
 #define REAL_ABS fabs

@@ -45,7 +45,7 @@ GROUP_SIZE = 128
 """Inputs that share a scale where a configuration does not say."""
 CLIP_RATIOS = tuple(round(1.0 - 0.02 * step, 2) for step in range(26))
 """Clipping ratios that the search tries, 1 down to 0.5."""
-EVENT_DRIVEN_FROM = 0.65
+EVENT_DRIVEN_FROM = 0.7
 """Silent share of the counts from which reading only what fired is faster (benchmarks/int8_gemv.py)."""
 
 

@@ -27,7 +27,7 @@ BEYOND, NOT_A_NUMBER, FRACTION = 1, 2, 4
 
 
 class Struct(ctypes.Structure):
-    """``struct packed_int8`` of step.h."""
+    """``struct packed_int8`` of layout.h."""
 
     _fields_ = (
         ("outputs", c_int64),

@@ -15,7 +15,7 @@
 #include "vector.h"
 
 #define INT8_TILE 128
-#define INT8_AHEAD 32 /* entries whose weights are fetched ahead */
+#define INT8_AHEAD 64 /* entries whose weights are fetched ahead */
 
 struct int8_segment {
     int32_t end;   /* entry behind the last */
@@ -99,7 +99,81 @@ static inline void int8_list_events(int64_t inputs, int64_t group, const int8_t 
     }
 }
 
-#if defined(INT8_HAS_AVX2)
+#if defined(INT8_AVX512) && defined(__AVX512BW__)
+
+/* sums [64] += two vectors of 32 whole numbers of 16 bits in the order that unpacking gives: of every 16 outputs
+ * the first holds eight, the second the other eight */
+INLINE void int8_event_add(int32_t *sums, __m512i first, __m512i second, int is_signed) {
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i half[2] = {_mm512_permutex2var_epi64(first, low, second),
+                             _mm512_permutex2var_epi64(first, high, second)};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        const __m256i part = k % 2 ? _mm512_extracti64x4_epi64(half[k / 2], 1) : _mm512_castsi512_si256(half[k / 2]);
+        const __m512i wide = is_signed ? _mm512_cvtepi16_epi32(part) : _mm512_cvtepu16_epi32(part);
+        int32_t *to = sums + 16 * k;
+        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), wide));
+    }
+}
+
+/* Binary spikes: as below, in vectors of 64 outputs. */
+INLINE void int8_add_binary(int halves, int32_t begin, int32_t end, const int32_t *inputs, const uint8_t *tile,
+                            int32_t *sums) {
+    const int vectors = halves / 2, width = 64 * vectors;
+    __m512i both[INT8_TILE / 64], high[INT8_TILE / 64];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) {
+        both[v] = high[v] = _mm512_setzero_si512();
+    }
+    for (int32_t k = begin; k < end; k++) {
+        const uint8_t *row = tile + (int64_t)inputs[k] * width;
+        const uint8_t *later = tile + (int64_t)inputs[k + INT8_AHEAD] * width;
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            const __m512i w = _mm512_loadu_si512(row + 64 * v);
+            __builtin_prefetch(later + 64 * v);
+            both[v] = _mm512_add_epi16(both[v], w);
+            high[v] = _mm512_add_epi16(high[v], _mm512_srli_epi16(w, 8));
+        }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) {
+        const __m512i low = _mm512_sub_epi16(both[v], _mm512_slli_epi16(high[v], 8));
+        int8_event_add(sums + 64 * v, _mm512_unpacklo_epi16(low, high[v]), _mm512_unpackhi_epi16(low, high[v]), 0);
+    }
+}
+
+INLINE void int8_add_graded(int halves, int32_t begin, int32_t end, const int32_t *inputs, const int8_t *counts,
+                            const uint8_t *tile, int32_t *sums) {
+    const int vectors = halves / 2, width = 64 * vectors;
+    __m512i first[INT8_TILE / 64], second[INT8_TILE / 64];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) {
+        first[v] = second[v] = _mm512_setzero_si512();
+    }
+    for (int32_t k = begin; k < end; k += 2) {
+        int16_t pair;
+        memcpy(&pair, counts + k, 2);
+        const __m512i n = _mm512_set1_epi16(pair);
+        const uint8_t *one = tile + (int64_t)inputs[k] * width, *two = tile + (int64_t)inputs[k + 1] * width;
+        const uint8_t *later = tile + (int64_t)inputs[k + INT8_AHEAD] * width;
+        const uint8_t *last = tile + (int64_t)inputs[k + INT8_AHEAD + 1] * width;
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            const __m512i a = _mm512_loadu_si512(one + 64 * v), b = _mm512_loadu_si512(two + 64 * v);
+            __builtin_prefetch(later + 64 * v);
+            __builtin_prefetch(last + 64 * v);
+            first[v] = _mm512_add_epi16(first[v], _mm512_maddubs_epi16(_mm512_unpacklo_epi8(a, b), n));
+            second[v] = _mm512_add_epi16(second[v], _mm512_maddubs_epi16(_mm512_unpackhi_epi8(a, b), n));
+        }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) {
+        int8_event_add(sums + 64 * v, first[v], second[v], 1);
+    }
+}
+
+#elif defined(INT8_HAS_AVX2)
 
 /* sums [16] += two vectors of 16 whole numbers of 16 bits in the order that unpacking gives: first holds outputs
  * 0-7 and 16-23, second 8-15 and 24-31 */

@@ -1,6 +1,6 @@
 """Int8 weights laid out for the C form, once, when a model is loaded.
 
-Layouts (step.h draws them):
+Layouts (layout.h draws them):
     out_in: blocks of 64 outputs with four inputs side by side; every weight is read, in one stream.
     in_out: one run of bytes per input and 128 outputs; a row of counts reads only the runs of inputs whose
         count is not zero. Silent inputs cost nothing, the others more than in a stream.
@@ -86,7 +86,7 @@ class PackedInt8:
 
     @property
     def pointer(self) -> int:
-        """Address of ``struct packed_int8`` (step.h); valid as long as this object lives."""
+        """Address of ``struct packed_int8`` (layout.h); valid as long as this object lives."""
         return ctypes.addressof(self._struct)
 
     def weight(self) -> Tensor:

@@ -6,116 +6,15 @@
  * the last, starting from zero; then threshold, then bias), so that y has the same bits in every layout, variant,
  * batch and number of threads, and those of the reference.
  *
- * Layouts of the weights, bytes w + 128 but in PACKED_ROWS (dot.h and event.h say why):
- *   PACKED_OUT_IN  [blocks of 64 outputs][quads of inputs][64][4]; a group is filled up to whole quads with zeros
- *   PACKED_IN_OUT  [tiles of 128 outputs][inputs][128]; the last tile is 64 wide if that is enough
- *   PACKED_ROWS    [outputs][inputs], signed, as torch holds them: panels are made on the way
- * Scales are [groups][outputs, filled up to whole blocks] in the first two, [outputs][groups] in PACKED_ROWS.
- *
- * Included by op.c and by the decode plan. Scratch belongs to one call: threads need one each.
+ * Layouts of the weights: layout.h. Included by op.c and by the decode plan. Scratch belongs to one call: threads
+ * need one each.
  */
 #ifndef SPIKELM_INT8_STEP_H
 #define SPIKELM_INT8_STEP_H
 
 #include "dot.h"
-#include "event.h"
-#include "panel.h"
-
-enum packed_layout { PACKED_OUT_IN = 0, PACKED_IN_OUT = 1, PACKED_ROWS = 2 };
-
-struct packed_int8 {
-    int64_t outputs, inputs, group, groups;
-    int32_t layout;
-    int32_t finite; /* no scale is infinite or NaN: a group without events adds nothing */
-    const int8_t *weights;
-    const float *scales;
-};
-
-#define INT8_ROW_BLOCK 32 /* rows for which weights are read once */
-
-static inline int64_t packed_blocks(const struct packed_int8 *w) {
-    return (w->outputs + INT8_BLOCK - 1) / INT8_BLOCK;
-}
-
-/* Inputs of a group, filled up to whole quads. */
-static inline int64_t packed_padded(const struct packed_int8 *w) { return (w->group + 3) / 4 * 4; }
-
-/* Quads of a block of PACKED_OUT_IN. */
-static inline int64_t packed_quads(const struct packed_int8 *w) {
-    const int64_t tail = w->inputs - (w->groups - 1) * w->group;
-    return w->groups ? (w->groups - 1) * packed_padded(w) / 4 + (tail + 3) / 4 : 0;
-}
-
-/* Outputs of the tile of IN_OUT that begins at an output. */
-static inline int64_t packed_tile_width(const struct packed_int8 *w, int64_t base) {
-    const int64_t left = packed_blocks(w) * INT8_BLOCK - base;
-    return left < INT8_TILE ? left : INT8_TILE;
-}
-
-static inline int64_t packed_width(const struct packed_int8 *w) { return w->groups * packed_padded(w); }
-
-/* Where the parts of scratch lie, for at most INT8_ROW_BLOCK rows. */
-struct int8_scratch {
-    int64_t width;
-    int8_t *counts;             /* [rows or 2 * rows][width] groups filled up to whole quads; second halves */
-    int32_t *totals;            /* [rows][groups] sums of counts */
-    uint8_t *largest;           /* [rows][groups] largest magnitudes */
-    int32_t *sums;              /* [rows][INT8_BLOCK], or [INT8_TILE] */
-    float *y;                   /* likewise */
-    float *scales;              /* [groups][INT8_BLOCK] */
-    uint8_t *panel;             /* [INT8_PANEL][INT8_QUAD] */
-    struct int8_events *events; /* [rows], with lists of their own */
-    int64_t bytes;
-};
-
-static inline void *int8_scratch_part(uint8_t *base, int64_t *used, int64_t bytes) {
-    void *part = base ? base + *used : NULL;
-    *used += (bytes + 63) / 64 * 64;
-    return part;
-}
-
-static inline struct int8_scratch packed_layout_scratch(const struct packed_int8 *w, int64_t rows, void *memory) {
-    struct int8_scratch s;
-    int64_t used = 0;
-    uint8_t *base = memory ? (uint8_t *)(((uintptr_t)memory + 63) / 64 * 64) : NULL;
-    rows = rows < INT8_ROW_BLOCK ? rows : INT8_ROW_BLOCK;
-    s.width = packed_width(w);
-    s.counts = int8_scratch_part(base, &used, (1 + INT8_SHORT) * rows * s.width + 4);
-    s.totals = int8_scratch_part(base, &used, 4 * rows * w->groups);
-    s.largest = int8_scratch_part(base, &used, rows * w->groups);
-    s.sums = int8_scratch_part(base, &used, 4 * rows * INT8_TILE);
-    s.y = int8_scratch_part(base, &used, 4 * rows * INT8_TILE);
-    s.scales = int8_scratch_part(base, &used, w->layout == PACKED_ROWS ? 4 * w->groups * INT8_BLOCK : 0);
-    s.panel = int8_scratch_part(base, &used, w->layout == PACKED_OUT_IN ? 0 : INT8_PANEL * INT8_QUAD);
-    s.events = NULL;
-    if (w->layout == PACKED_IN_OUT) {
-        s.events = int8_scratch_part(base, &used, rows * (int64_t)sizeof(struct int8_events));
-        for (int64_t r = 0; r < rows; r++) {
-            int32_t *inputs = int8_scratch_part(base, &used, 4 * int8_events_entries(w->inputs));
-            int8_t *counts = int8_scratch_part(base, &used, int8_events_entries(w->inputs));
-            void *segment = int8_scratch_part(base, &used, (int64_t)sizeof(struct int8_segment) * (w->inputs + 1));
-            if (base) {
-                s.events[r] = (struct int8_events){.inputs = inputs, .counts = counts, .segment = segment};
-            }
-        }
-    }
-    s.bytes = used + 64;
-    return s;
-}
-
-/* Bytes that packed_rows needs as scratch for this many rows. */
-static inline int64_t packed_scratch_bytes(const struct packed_int8 *w, int64_t rows) {
-    return packed_layout_scratch(w, rows, NULL).bytes;
-}
-
-/* Outputs of one of several threads: whole blocks (tiles), shared out evenly. */
-static inline void packed_share(const struct packed_int8 *w, int64_t thread, int64_t threads, int64_t *first,
-                                int64_t *last) {
-    const int64_t step = w->layout == PACKED_IN_OUT ? INT8_TILE : INT8_BLOCK, units = (w->outputs + step - 1) / step;
-    const int64_t begin = units * thread / threads * step, end = units * (thread + 1) / threads * step;
-    *first = begin < w->outputs ? begin : w->outputs;
-    *last = end < w->outputs ? end : w->outputs;
-}
+#include "layout.h"
+#include "row.h"
 
 /* y += scales * (sums - bias) for `outputs` outputs. Addition and multiplication are rounded apart. */
 INLINE void int8_add_scaled(int outputs, int32_t bias, const int32_t *restrict sums, const float *restrict scales,
@@ -127,12 +26,19 @@ INLINE void int8_add_scaled(int outputs, int32_t bias, const int32_t *restrict s
 }
 
 /* Threshold and bias, and out: outputs [from, to) of a block that begins at output `base`. */
-static inline void int8_put_out(int64_t base, int64_t from, int64_t to, const float *y, const float *threshold,
-                           const float *bias, float *out) {
+INLINE void int8_put_out(int64_t base, int64_t from, int64_t to, const float *restrict y, const float *threshold,
+                         const float *restrict bias, float *restrict out) {
+    const float factor = threshold ? *threshold : 1.0f; /* times one: the same bits */
+    if (bias) {
+#pragma omp simd
+        for (int64_t o = from; o < to; o++) {
+            out[o] = y[o - base] * factor + bias[o];
+        }
+        return;
+    }
+#pragma omp simd
     for (int64_t o = from; o < to; o++) {
-        float value = y[o - base];
-        value = threshold ? value * *threshold : value;
-        out[o] = bias ? value + bias[o] : value;
+        out[o] = y[o - base] * factor;
     }
 }
 
@@ -145,19 +51,10 @@ static inline void int8_prepare_dense(const struct packed_int8 *w, const int8_t 
             const int64_t first = j * w->group, left = w->inputs - first, n = left < w->group ? left : w->group;
             const int8_t *from = counts + r * stride + first;
             int8_t *to = s->counts + r * s->width + j * padded;
-            int32_t total = 0;
-            int8_t low = 0, high = 0;
             memcpy(to, from, n);
             memset(to + n, 0, padded - n);
-            for (int64_t i = 0; i < n; i++) {
-                total += from[i];
-            }
-            for (int64_t i = 0; i < n; i++) {
-                low = from[i] < low ? from[i] : low;
-                high = from[i] > high ? from[i] : high;
-            }
-            const uint8_t largest = (uint8_t)(-low > high ? -low : high);
-            s->totals[r * w->groups + j] = total;
+            const uint8_t largest = INT8_SHORT ? int8_largest(n, from) : 0;
+            s->totals[r * w->groups + j] = int8_total(n, from);
             s->largest[r * w->groups + j] = largest;
             if (INT8_SHORT && largest > INT8_HALF) {
                 int8_t *rest = to + rows * s->width;
@@ -245,6 +142,40 @@ static inline void int8_dense_block(const struct packed_int8 *w, const struct in
     }
 }
 
+/* One row's outputs [first, last), prepared by int8_prepare_dense. The two halves of the blocks are read at
+ * once. */
+static inline void int8_dense_row(const struct packed_int8 *w, const struct int8_scratch *s, int64_t first,
+                                  int64_t last, const float *threshold, const float *bias, float *y) {
+    const int64_t begin = first / INT8_BLOCK, end = (last + INT8_BLOCK - 1) / INT8_BLOCK;
+#if defined(INT8_ROW_BLOCKS)
+    if (w->layout == PACKED_OUT_IN) {
+        const int64_t padded = packed_padded(w), quads = packed_quads(w), stride = packed_blocks(w) * INT8_BLOCK;
+        const int64_t tail = quads - (w->groups - 1) * padded / 4, half = (end - begin + 1) / 2;
+        for (int64_t block = begin; block < begin + half; block++) {
+            const uint8_t *weights = (const uint8_t *)w->weights + block * quads * INT8_QUAD;
+            const float *scales = w->scales + block * INT8_BLOCK;
+            const int streams = block + half < end ? 2 : 1;
+            if (streams == 2) {
+                int8_row_blocks(2, w->groups, padded, tail, weights, half * quads * INT8_QUAD, s->counts, s->totals,
+                                scales, stride, half * INT8_BLOCK, s->y);
+            } else {
+                int8_row_blocks(1, w->groups, padded, tail, weights, 0, s->counts, s->totals, scales, stride, 0, s->y);
+            }
+            for (int k = 0; k < streams; k++) {
+                const int64_t base = (block + k * half) * INT8_BLOCK, next = base + INT8_BLOCK;
+                int8_put_out(base, base > first ? base : first, next < last ? next : last, s->y + k * INT8_BLOCK,
+                             threshold, bias, y);
+            }
+        }
+        return;
+    }
+#endif
+    for (int64_t block = begin; block < end; block++) {
+        const int64_t base = block * INT8_BLOCK, next = base + INT8_BLOCK;
+        int8_dense_block(w, s, 1, base, base > first ? base : first, next < last ? next : last, threshold, bias, y, 0);
+    }
+}
+
 /* One tile of one row from its events. */
 INLINE void int8_event_groups(const struct packed_int8 *w, int width, const struct int8_events *e,
                               const int32_t *totals, const uint8_t *tile, const float *scales, int32_t *sums,
@@ -309,12 +240,10 @@ static inline int int8_prepare_events(const struct packed_int8 *w, const int8_t 
         int8_t any = 0;
         for (int64_t j = 0; j < w->groups; j++) {
             const int64_t first = j * w->group, end = first + w->group, last = end < w->inputs ? end : w->inputs;
-            int32_t total = 0;
             for (int64_t i = first; i < last; i++) {
-                total += row[i];
                 any |= row[i];
             }
-            s->totals[r * w->groups + j] = total;
+            s->totals[r * w->groups + j] = int8_total(last - first, row + first);
         }
         int8_list_events(w->inputs, w->group, row, (any & ~1) == 0, s->events + r);
     }
@@ -349,6 +278,10 @@ static inline void packed_rows(const struct packed_int8 *w, const int8_t *counts
             continue;
         }
         int8_prepare_dense(w, now, n, counts_stride, &s);
+        if (n == 1) {
+            int8_dense_row(w, &s, first_output, last_output, scale, bias, to);
+            continue;
+        }
         for (int64_t base = first_output / INT8_BLOCK * INT8_BLOCK; base < last_output; base += INT8_BLOCK) {
             const int64_t begin = base > first_output ? base : first_output;
             const int64_t end = base + INT8_BLOCK < last_output ? base + INT8_BLOCK : last_output;

@@ -4,10 +4,10 @@
  * sum is then too large by INT8_BIAS times the sum of the counts: one number for all outputs, subtracted at the
  * end (modulo 2^32, which leaves the true sum, because that fits int32).
  *
- * Variants, chosen by the target: AVX-512 VNNI, AVX-VNNI, AVX2, NEON with dot products, plain C
- * (SPIKELM_PORTABLE asks for that one). AVX2 multiplies in 16 bits, which hold a pair of products of counts up
- * to INT8_HALF (255 * 64 * 2 < 2^15): larger counts come in two halves, the second in a plane of its own, and
- * with smaller ones several pairs are added before they are widened.
+ * Variants, chosen by the target: AVX-512 VNNI, AVX-VNNI, AVX2 (or SPIKELM_AVX2), NEON with dot products, plain
+ * C (SPIKELM_PORTABLE). AVX2 multiplies in 16 bits, which hold a pair of products of counts up to INT8_HALF
+ * (255 * 64 * 2 < 2^15): larger counts come in two halves, the second in a plane of its own, and with smaller
+ * ones several pairs are added before they are widened.
  *
  * SPIKELM_SIMDE_AVX512, _AVXVNNI and _NEON build a variant that this processor lacks, with the emulation of
  * https://github.com/simd-everywhere/simde: for tests.
@@ -29,6 +29,8 @@
 #define INT8_AVXVNNI
 #elif defined(SPIKELM_SIMDE_NEON)
 #define INT8_NEON
+#elif defined(SPIKELM_AVX2)
+#define INT8_AVX2
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define INT8_AVX512
 #elif defined(__AVXVNNI__) && defined(__AVX2__)
@@ -73,7 +75,14 @@ typedef __m512i int8_vector;
 INLINE int8_vector int8_load(const void *from) { return _mm512_loadu_si512(from); }
 INLINE void int8_store(void *to, int8_vector v) { _mm512_storeu_si512(to, v); }
 INLINE int8_vector int8_dot(int8_vector sum, int8_vector weights, int32_t counts) {
+#if defined(SPIKELM_SIMDE_AVX512)
     return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(counts));
+#else
+    /* GCC copies every sum to another register and back around the intrinsic, twice as many operations, and a
+     * processor that has to look past them finds fewer loads to start. */
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(_mm512_set1_epi32(counts)));
+    return sum;
+#endif
 }
 
 #elif defined(INT8_AVXVNNI) || defined(INT8_AVX2)
@@ -120,4 +129,36 @@ INLINE int8_vector int8_dot(int8_vector sum, int8_vector weights, int32_t counts
 #define INT8_PLAIN
 
 #endif
+
+/* Sum of counts. */
+INLINE int32_t int8_total(int64_t n, const int8_t *counts) {
+    int32_t total = 0;
+    int64_t i = 0;
+#if defined(INT8_AVX512)
+    int8_vector sum = _mm512_setzero_si512();
+    for (; i + 64 <= n; i += 64) {
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(0x01010101), int8_load(counts + i));
+    }
+    int32_t lanes[INT8_LANES];
+    int8_store(lanes, sum);
+    for (int l = 0; l < INT8_LANES; l++) {
+        total += lanes[l];
+    }
+#endif
+    for (; i < n; i++) {
+        total += counts[i];
+    }
+    return total;
+}
+
+/* Largest magnitude of counts. */
+INLINE uint8_t int8_largest(int64_t n, const int8_t *counts) {
+    int8_t low = 0, high = 0;
+    for (int64_t i = 0; i < n; i++) {
+        low = counts[i] < low ? counts[i] : low;
+        high = counts[i] > high ? counts[i] : high;
+    }
+    return (uint8_t)(-low > high ? -low : high);
+}
+
 #endif

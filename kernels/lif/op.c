@@ -11,7 +11,7 @@
 /* Channels of a task: rows of memory as long as possible, so that a page is visited once and not in pieces. */
 #define WIDEST 2048
 /* Channels whose segment is differentiated at once: its tape stays in the nearest caches. */
-#define BLOCK 512
+#define BLOCK 128
 #define SEGMENT 32
 
 /* All pointers already point at the first channel of the block in the row. */
@@ -96,7 +96,8 @@ INLINE void recompute_segment(int count, int decay_input, int soft_reset, int64_
                               int64_t last, int64_t channels, const struct neuron *neuron,
                               const real *restrict x, const real *restrict rate,
                               const real *restrict checkpoint, const uint8_t *restrict reset,
-                              const uint8_t *restrict valid, struct tape *restrict tape) {
+                              const uint8_t *restrict valid, const real *grad_spikes, const real *grad_x,
+                              struct tape *restrict tape) {
     const real threshold = (real)neuron->threshold, v_reset = (real)neuron->v_reset;
     const real rest = soft_reset ? 0 : v_reset;
     real v[BLOCK];
@@ -106,6 +107,8 @@ INLINE void recompute_segment(int count, int decay_input, int soft_reset, int64_
     for (int64_t t = first; t < last; t++) {
         const real *restrict xt = x + t * channels;
         real *restrict h = tape->h[t - first], *restrict drives = tape->drive[t - first];
+        fetch_row(count, grad_spikes + t * channels);
+        fetch_row(count, grad_x + t * channels);
         if (reset && reset[t]) {
             for (int i = 0; i < count; i++) {
                 v[i] = rest;
@@ -125,13 +128,14 @@ INLINE void recompute_segment(int count, int decay_input, int soft_reset, int64_
     }
 }
 
-/* One segment of up to BLOCK channels, from its end to its start; grad_v goes on by it. */
+/* One segment of up to BLOCK channels, from its end to its start; grad_v goes on by it. next: the first row of x
+ * that is needed afterwards; pieces of rows that lie this far apart are nothing that processors fetch ahead. */
 INLINE void backward_segment(int count, int decay_input, int soft_reset, int64_t first, int64_t last,
                              int64_t channels, const struct neuron *neuron, const real *restrict x,
                              const real *restrict rate, const uint8_t *restrict reset,
                              const uint8_t *restrict valid, const real *restrict checkpoint,
-                             const real *restrict grad_spikes, real *restrict grad_x, real *restrict grad_v,
-                             real *restrict grad_rate) {
+                             const real *restrict grad_spikes, const real *next, real *restrict grad_x,
+                             real *restrict grad_v, real *restrict grad_rate) {
     const real threshold = (real)neuron->threshold, v_reset = (real)neuron->v_reset;
     /* d v_new / d h = kept - (by_h * h + constant) * slope; without the second term when detached */
     const real by_h = !neuron->detach_reset && !soft_reset ? 1 : 0;
@@ -139,7 +143,7 @@ INLINE void backward_segment(int count, int decay_input, int soft_reset, int64_t
     struct tape tape;
     real slope[BLOCK], sum_rate[BLOCK];
     recompute_segment(count, decay_input, soft_reset, first, last, channels, neuron, x, rate, checkpoint, reset,
-                      valid, &tape);
+                      valid, grad_spikes, grad_x, &tape);
     for (int i = 0; i < count; i++) {
         sum_rate[i] = 0;
     }
@@ -147,6 +151,7 @@ INLINE void backward_segment(int count, int decay_input, int soft_reset, int64_t
         const real *restrict h = tape.h[t - first], *restrict drive = tape.drive[t - first];
         const real *restrict gs = grad_spikes + t * channels;
         real *restrict gx = grad_x + t * channels;
+        fetch_row(count, next + (last - 1 - t) * channels);
         if (valid && !valid[t]) {
             memset(gx, 0, (size_t)count * sizeof(real));
         } else {
@@ -188,8 +193,10 @@ INLINE void backward_block(int count, int decay_input, int soft_reset, int64_t s
         const int64_t last = first + SEGMENT < steps ? first + SEGMENT : steps;
         for (int c = 0; c < count; c += BLOCK) {
             const int own = count - c < BLOCK ? count - c : BLOCK;
+            const real *next = c + BLOCK < count ? x + first * channels + c + BLOCK
+                                                 : x + (segment ? first - SEGMENT : 0) * channels;
             backward_segment(own, decay_input, soft_reset, first, last, channels, neuron, x + c, rate + c, reset,
-                             valid, checkpoints + segment * channels + c, grad_spikes + c, grad_x + c,
+                             valid, checkpoints + segment * channels + c, grad_spikes + c, next, grad_x + c,
                              grad_v_in + c, grad_rate + c);
         }
     }

@@ -9,11 +9,17 @@ static void tally_counts(const struct machine *m, const struct record *r, const 
     statistics[STATISTIC_CALLS] += m->rows;
     EACH_ROW {
         const int8_t *counts = (const int8_t *)reg(m, row, r->a[0]);
-        int32_t silent = 0, magnitude = 0; /* below 2^31: a row has at most 2^24 inputs */
-#pragma omp simd reduction(+ : silent, magnitude)
-        for (int64_t i = 0; i < w->inputs; i++) {
-            silent += counts[i] == 0;
-            magnitude += counts[i] < 0 ? -counts[i] : counts[i];
+        int64_t silent = 0, magnitude = 0;
+        for (int64_t first = 0; first < w->inputs; first += 256) {
+            const int64_t last = first + 256 < w->inputs ? first + 256 : w->inputs;
+            int16_t zeros = 0, sum = 0; /* at most 256 * 127 */
+#pragma omp simd reduction(+ : zeros, sum)
+            for (int64_t i = first; i < last; i++) {
+                zeros = (int16_t)(zeros + (counts[i] == 0));
+                sum = (int16_t)(sum + (counts[i] < 0 ? -counts[i] : counts[i]));
+            }
+            silent += zeros;
+            magnitude += sum;
         }
         statistics[STATISTIC_SILENT] += silent;
         statistics[STATISTIC_MAGNITUDE] += magnitude;
@@ -28,25 +34,34 @@ int64_t plan_int8_scratch(const struct packed_int8 *w, int64_t rows, int threads
     return (rows * (int64_t)sizeof(float) + 63) / 64 * 64 + threads * packed_scratch_bytes(w, rows);
 }
 
+/* One thread's outputs of a product. */
+static void linear_int8_share(const struct machine *m, const struct record *r, int thread, int threads) {
+    const struct packed_int8 *w = r->p[0];
+    const float *bias = r->p[1], *thresholds = r->a[2] < 0 ? NULL : m->plan->scratch;
+    const int64_t stride = m->plan->width, each = packed_scratch_bytes(w, m->rows);
+    uint8_t *scratch = (uint8_t *)m->plan->scratch + (m->rows * (int64_t)sizeof(float) + 63) / 64 * 64;
+    int64_t first, last;
+    packed_share(w, thread, threads, &first, &last);
+    packed_rows(w, (const int8_t *)reg(m, 0, r->a[0]), m->rows, stride * (int64_t)sizeof(float), thresholds, bias,
+                reg(m, 0, r->a[1]), stride, scratch + thread * each, first, last);
+}
+
 /* counts, y, threshold (a register of one float, or -1), statistics; packed_int8, bias or null */
 STEP(linear_int8) {
     const struct packed_int8 *w = r->p[0];
-    const float *bias = r->p[1];
-    const int64_t stride = m->plan->width, each = packed_scratch_bytes(w, m->rows);
     float *thresholds = m->plan->scratch;
     if (r->a[2] >= 0) {
         EACH_ROW { thresholds[row] = *reg(m, row, r->a[2]); }
     }
-    uint8_t *scratch = (uint8_t *)m->plan->scratch + (m->rows * (int64_t)sizeof(float) + 63) / 64 * 64;
     tally_counts(m, r, w);
     const int threads = threads_for(m, w->inputs * w->outputs);
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    if (threads == 1) {
+        linear_int8_share(m, r, 0, 1); /* even a team of one takes half a microsecond */
+        return;
+    }
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
-        int64_t first, last;
-        packed_share(w, thread, threads, &first, &last);
-        packed_rows(w, (const int8_t *)reg(m, 0, r->a[0]), m->rows, stride * (int64_t)sizeof(float),
-                    r->a[2] < 0 ? NULL : thresholds, bias, reg(m, 0, r->a[1]), stride, scratch + thread * each, first,
-                    last);
+        linear_int8_share(m, r, thread, threads);
     }
 }
 

@@ -1,60 +1,55 @@
 /* Products with float weights, row-major [outputs][inputs]: read once for all rows of the batch.
  *
  * A dot product is summed in 16 lanes, the lanes at the end; the order depends on nothing but the number of
- * inputs. TILE outputs are computed at a time, which gives as many streams of memory.
+ * inputs. TILE outputs are computed at a time, one of every quarter of the matrix: each quarter is then a stream
+ * that is read from its begin to its end, which processors fetch ahead by themselves, faster than when told.
  */
 #include "machine.h"
 
 #define TILE 4
 
-/* Bytes from a weight to the one to prefetch: the same column of the next tile, or where a tile would fill the
- * first-level cache, a little further in the same row. */
-INLINE int64_t ahead(int64_t inputs) {
-    const int64_t row = inputs * (int64_t)sizeof(float);
-    return row <= 4096 ? TILE * row : 2048;
-}
-
 #define SPIKES 1
 
-/* Dot products of some outputs (weights, inputs apart) and some rows (x, stride apart). */
-INLINE void dot_tile(const int outputs, const int rows, int64_t inputs, const float *weights, const float *x,
-                     int64_t stride, v8 sums[TILE][2]) {
-    v8 even[TILE][2], odd[TILE][2];
+/* The 16 lanes of a sum. */
+#if defined(__AVX512F__)
+typedef __m512 lanes;
+INLINE lanes no_lanes(void) { return _mm512_setzero_ps(); }
+INLINE lanes load_lanes(const float *from) { return _mm512_loadu_ps(from); }
+INLINE lanes fma_lanes(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE v8 first_lanes(lanes x) { return (v8)_mm512_castps512_ps256(x); }
+INLINE v8 last_lanes(lanes x) { return (v8)_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
+#else
+typedef struct {
+    v8 first, last;
+} lanes;
+INLINE lanes no_lanes(void) { return (lanes){{0}, {0}}; }
+INLINE lanes load_lanes(const float *from) { return (lanes){load8(from), load8(from + 8)}; }
+INLINE lanes fma_lanes(lanes a, lanes b, lanes c) {
+    return (lanes){fma8(a.first, b.first, c.first), fma8(a.last, b.last, c.last)};
+}
+INLINE v8 first_lanes(lanes x) { return x.first; }
+INLINE v8 last_lanes(lanes x) { return x.last; }
+#endif
+
+/* Dot products of some outputs (weights, apart from each other) and some rows (x, stride apart). */
+INLINE void dot_tile(const int outputs, const int rows, int64_t inputs, const float *weights, int64_t apart,
+                     const float *x, int64_t stride, v8 sums[TILE][2]) {
+    lanes all[TILE][2];
 #pragma GCC unroll 8
     for (int o = 0; o < outputs; o++) {
 #pragma GCC unroll 8
         for (int b = 0; b < rows; b++) {
-            even[o][b] = odd[o][b] = (v8){0};
+            all[o][b] = no_lanes();
         }
     }
-    const int64_t distance = ahead(inputs);
-    int64_t i = 0;
-    for (; i + 16 <= inputs; i += 16) {
+    const int64_t whole = inputs / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16) {
 #pragma GCC unroll 8
         for (int o = 0; o < outputs; o++) {
-            const float *w = weights + o * inputs + i;
-            __builtin_prefetch((const char *)w + distance);
-            const v8 w0 = load8(w), w1 = load8(w + 8);
+            const lanes w = load_lanes(weights + o * apart + i);
 #pragma GCC unroll 8
             for (int b = 0; b < rows; b++) {
-                even[o][b] = fma8(w0, load8(x + b * stride + i), even[o][b]);
-                odd[o][b] = fma8(w1, load8(x + b * stride + i + 8), odd[o][b]);
-            }
-        }
-    }
-    if (i + 8 <= inputs) {
-        for (int o = 0; o < outputs; o++) {
-            for (int b = 0; b < rows; b++) {
-                even[o][b] = fma8(load8(weights + o * inputs + i), load8(x + b * stride + i), even[o][b]);
-            }
-        }
-        i += 8;
-    }
-    if (i < inputs) {
-        for (int o = 0; o < outputs; o++) {
-            for (int b = 0; b < rows; b++) {
-                const v8 w = load_part(weights + o * inputs + i, inputs - i);
-                odd[o][b] = fma8(w, load_part(x + b * stride + i, inputs - i), odd[o][b]);
+                all[o][b] = fma_lanes(w, load_lanes(x + b * stride + i), all[o][b]);
             }
         }
     }
@@ -62,7 +57,19 @@ INLINE void dot_tile(const int outputs, const int rows, int64_t inputs, const fl
     for (int o = 0; o < outputs; o++) {
 #pragma GCC unroll 8
         for (int b = 0; b < rows; b++) {
-            sums[o][b] = even[o][b] + odd[o][b];
+            const float *w = weights + o * apart + whole, *z = x + b * stride + whole;
+            v8 first = first_lanes(all[o][b]), last = last_lanes(all[o][b]);
+            int64_t left = inputs - whole;
+            if (left >= 8) {
+                first = fma8(load8(w), load8(z), first);
+                w += 8;
+                z += 8;
+                left -= 8;
+            }
+            if (left > 0) {
+                last = fma8(load_part(w, left), load_part(z, left), last);
+            }
+            sums[o][b] = first + last;
         }
     }
 }
@@ -76,7 +83,9 @@ INLINE void finish(const struct machine *m, const struct record *r, int64_t row,
     reg(m, row, r->a[1])[output] = bias ? sum + bias[output] : sum;
 }
 
-INLINE void linear_tile(const struct machine *m, const struct record *r, const int outputs, int64_t first) {
+/* Outputs first, first + apart, first + 2 * apart, ... */
+INLINE void linear_tile(const struct machine *m, const struct record *r, const int outputs, int64_t first,
+                        int64_t apart) {
     const int64_t inputs = r->a[2], stride = m->plan->width;
     const float *weights = (const float *)r->p[0] + first * inputs;
     v8 sums[TILE][2];
@@ -85,17 +94,17 @@ INLINE void linear_tile(const struct machine *m, const struct record *r, const i
         const float *x = reg(m, row, r->a[0]);
         for (int half = 0; half < outputs; half += 2) {
             const int pair = outputs - half < 2 ? 1 : 2;
-            dot_tile(pair, 2, inputs, weights + half * inputs, x, stride, sums);
+            dot_tile(pair, 2, inputs, weights + half * apart * inputs, apart * inputs, x, stride, sums);
             for (int o = 0; o < pair; o++) {
-                finish(m, r, row, first + half + o, sum8(sums[o][0]));
-                finish(m, r, row + 1, first + half + o, sum8(sums[o][1]));
+                finish(m, r, row, first + (half + o) * apart, sum8(sums[o][0]));
+                finish(m, r, row + 1, first + (half + o) * apart, sum8(sums[o][1]));
             }
         }
     }
     if (row < m->rows) {
-        dot_tile(outputs, 1, inputs, weights, reg(m, row, r->a[0]), stride, sums);
+        dot_tile(outputs, 1, inputs, weights, apart * inputs, reg(m, row, r->a[0]), stride, sums);
         for (int o = 0; o < outputs; o++) {
-            finish(m, r, row, first + o, sum8(sums[o][0]));
+            finish(m, r, row, first + o * apart, sum8(sums[o][0]));
         }
     }
 }
@@ -121,18 +130,29 @@ static void tally_floats(const struct machine *m, const struct record *r, int64_
     }
 }
 
+/* Tiles [first, last) of all `tiles`, each of one output in every quarter. */
+static void linear_tiles(const struct machine *m, const struct record *r, int64_t first, int64_t last,
+                         int64_t tiles) {
+    for (int64_t tile = first; tile < last; tile++) {
+        linear_tile(m, r, TILE, tile, tiles);
+    }
+}
+
 /* x, y, inputs, outputs, scale (a register of one float, or -1), statistics; weights [outputs][inputs], bias or
  * null; flags: SPIKES where x holds whole numbers */
 STEP(linear) {
     tally_floats(m, r, r->a[5], r->a[2] * r->a[3] * (int64_t)sizeof(float));
     const int64_t outputs = r->a[3], tiles = outputs / TILE;
     const int threads = threads_for(m, r->a[2] * outputs);
-    (void)threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        linear_tile(m, r, TILE, tile * TILE);
+    if (threads == 1) {
+        linear_tiles(m, r, 0, tiles, tiles);
+    } else {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+        for (int thread = 0; thread < threads; thread++) {
+            linear_tiles(m, r, tiles * thread / threads, tiles * (thread + 1) / threads, tiles);
+        }
     }
     for (int64_t output = tiles * TILE; output < outputs; output++) {
-        linear_tile(m, r, 1, output);
+        linear_tile(m, r, 1, output, 1);
     }
 }

@@ -13,7 +13,7 @@
 /* Channels of a task: rows of memory as long as possible, so that a page is visited once and not in pieces. */
 #define WIDEST 2048
 /* Channels whose segment is differentiated at once: its tape stays in the nearest caches. */
-#define BLOCK 256
+#define BLOCK 128
 #define SEGMENT 32
 
 INLINE void load_state(int count, const real *state, int64_t channels, real *num, real *den, real *max) {
@@ -76,13 +76,16 @@ struct tape {
 INLINE void recompute_segment(int count, int64_t first, int64_t last, int64_t channels,
                               const real *restrict decay, const real *restrict bonus, const real *restrict k,
                               const real *restrict v, const real *restrict checkpoint,
-                              const uint8_t *restrict reset, const uint8_t *restrict valid,
-                              struct tape *restrict tape) {
+                              const uint8_t *restrict reset, const uint8_t *restrict valid, const real *grad_y,
+                              const real *grad_k, const real *grad_v, struct tape *restrict tape) {
     real num[BLOCK], den[BLOCK], max[BLOCK];
     load_state(count, checkpoint, channels, num, den, max);
     for (int64_t t = first; t < last; t++) {
         const int64_t j = t - first;
         const real *restrict kt = k + t * channels, *restrict vt = v + t * channels;
+        fetch_row(count, grad_y + t * channels);
+        fetch_row(count, grad_k + t * channels);
+        fetch_row(count, grad_v + t * channels);
         if (reset && reset[t]) {
             empty_state(count, num, den, max);
         }
@@ -133,23 +136,28 @@ INLINE void backward_step(int count, const struct tape *restrict tape, int64_t j
     }
 }
 
-/* One segment of up to BLOCK channels, from its end to its start; grad_num and grad_den go on by it. */
+/* One segment of up to BLOCK channels, from its end to its start; grad_num and grad_den go on by it. next: how far
+ * from the first row of k and v lie the first rows that are needed afterwards; pieces of rows are nothing that
+ * processors fetch ahead. */
 INLINE void backward_segment(int count, int64_t first, int64_t last, int64_t channels,
                              const real *restrict decay, const real *restrict bonus, const real *restrict k,
                              const real *restrict v, const uint8_t *restrict reset,
                              const uint8_t *restrict valid, const real *restrict checkpoint,
-                             const real *restrict grad_y, real *restrict grad_k, real *restrict grad_v,
-                             real *restrict grad_num, real *restrict grad_den, real *restrict grad_decay,
-                             real *restrict grad_bonus) {
+                             const real *restrict grad_y, int64_t next, real *restrict grad_k,
+                             real *restrict grad_v, real *restrict grad_num, real *restrict grad_den,
+                             real *restrict grad_decay, real *restrict grad_bonus) {
     struct tape tape;
     real sum_decay[BLOCK], sum_bonus[BLOCK];
-    recompute_segment(count, first, last, channels, decay, bonus, k, v, checkpoint, reset, valid, &tape);
+    recompute_segment(count, first, last, channels, decay, bonus, k, v, checkpoint, reset, valid, grad_y, grad_k,
+                      grad_v, &tape);
     for (int i = 0; i < count; i++) {
         sum_decay[i] = 0;
         sum_bonus[i] = 0;
     }
     for (int64_t t = last - 1; t >= first; t--) {
         real *restrict gk = grad_k + t * channels, *restrict gv = grad_v + t * channels;
+        fetch_row(count, k + next + (last - 1 - t) * channels);
+        fetch_row(count, v + next + (last - 1 - t) * channels);
         if (valid && !valid[t]) {
             memset(gk, 0, (size_t)count * sizeof(real));
             memset(gv, 0, (size_t)count * sizeof(real));
@@ -191,8 +199,10 @@ INLINE void backward_block(int count, int64_t steps, int64_t channels, const rea
         const int64_t last = first + SEGMENT < steps ? first + SEGMENT : steps;
         for (int c = 0; c < count; c += BLOCK) {
             const int own = count - c < BLOCK ? count - c : BLOCK;
+            const int64_t before = segment ? first - SEGMENT : 0;
+            const int64_t next = c + BLOCK < count ? first * channels + BLOCK : before * channels - c;
             backward_segment(own, first, last, channels, decay + c, bonus + c, k + c, v + c, reset, valid,
-                             checkpoints + segment * 3 * channels + c, grad_y + c, grad_k + c, grad_v + c,
+                             checkpoints + segment * 3 * channels + c, grad_y + c, next, grad_k + c, grad_v + c,
                              grad_num + c, grad_den + c, grad_decay + c, grad_bonus + c);
         }
     }

@@ -1,4 +1,4 @@
-"""``torch.nn.functional.grouped_mm`` as a custom op for graphs: torch's own shape rule is for bfloat16."""
+"""``torch.nn.functional.grouped_mm`` as a custom op for graphs: torch allows its shapes in bfloat16 alone."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spikelm.errors import ShapeError
-from spikelm.kernels.compile import load
+from spikelm.kernels.compile import load, processor
 from spikelm.kernels.dispatch import available, choose, use_backend
 from spikelm.kernels.int8_linear import (
     LONGEST,
@@ -185,6 +185,7 @@ def skip_without_c(op: str) -> None:
 VARIANTS = {
     "native": (),
     "portable": ("SPIKELM_PORTABLE",),
+    "avx2": ("SPIKELM_AVX2",),
     "avx512-vnni": ("SPIKELM_SIMDE_AVX512",),
     "avx-vnni": ("SPIKELM_SIMDE_AVXVNNI",),
     "neon": ("SPIKELM_SIMDE_NEON",),
@@ -217,6 +218,8 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     skip_without_c("int8_linear")
     if "SIMDE" in "".join(VARIANTS[name]) and not Path("/usr/include/simde").is_dir():
         pytest.skip("no /usr/include/simde to emulate other processors' instructions with (libsimde-dev)")
+    if name == "avx2" and " avx2 " not in processor():
+        pytest.skip("this processor has no AVX2")
     if name != "native":
         library = c.typed(load(Path(c.__file__).with_name("op.c"), VARIANTS[name]))
         assert library.int8_variant().decode() == name
