@@ -77,9 +77,10 @@ def silence(model: SpikeLM, share: float, passes: int = 3) -> None:
         # Below half a threshold a count rounds to zero anyway.
         neuron.dead_zone = float(relative.quantile(share))  # type: ignore[assignment]
 
-    kept = [(neuron, neuron.encode) for neuron in neurons]
+    # A projection without gradients asks for int8 counts, one with a meter for floats.
+    kept = [(neuron, name, getattr(neuron, name)) for neuron in neurons for name in ("encode", "encode_int8")]
     try:
-        for neuron, encode in kept:
+        for neuron, name, encode in kept:
 
             def measured(
                 x: Tensor, state: Any, ctx: Context, neuron: Adaptive = neuron, encode: Any = encode
@@ -87,13 +88,13 @@ def silence(model: SpikeLM, share: float, passes: int = 3) -> None:
                 measure(neuron, (x,))
                 return encode(x, state, ctx)
 
-            neuron.encode = measured  # type: ignore[method-assign]
+            setattr(neuron, name, measured)
         with torch.no_grad():
             for _ in range(passes):
                 model(tokens)
     finally:
-        for neuron, _ in kept:
-            del neuron.encode
+        for neuron, name, _ in kept:
+            delattr(neuron, name)
 
 
 def dense_bytes(model: SpikeLM) -> int:
