@@ -16,6 +16,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,7 @@ class Trackers:
 
         _hush()
         folder = self._out / FOLDER
+        _wait_for_a_later_name(folder)
         # A queue that holds a whole line, so that the training thread does not wait for the writing one.
         return TensorBoardTracker("", folder, purge_step=step + 1, max_queue=1000)
 
@@ -260,6 +262,19 @@ def _as_text(values: Mapping[str, Any]) -> str:
     """The configuration as a block of preformatted text (Markdown)."""
     lines = json.dumps({key: values.get(key) for key in ("config", "model", "data")}, indent=2, default=str)
     return "\n".join(f"    {line}" for line in lines.splitlines())
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait for the next second if a file of curves was begun in this one.
+
+    Readers take the files in the order of their names, which begin with the second and go on with the
+    process: a run that is killed and goes on within a second would be read in the wrong order.
+    """
+    # The name is events.out.tfevents.SECOND.HOST.PROCESS.NUMBER; a clock that was set back is not waited for.
+    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    latest = max((int(second) for second in seconds if second.isdigit()), default=0)
+    while latest == int(time.time()):
+        time.sleep(0.05)
 
 
 def _hush() -> None:

@@ -20,6 +20,7 @@ from spikelm.kernels.plan.builder import (
     Field,
     Register,
 )
+from spikelm.kernels.plan.observation import Observation
 
 VOCABULARY, OUTPUTS = 11, 13
 WIDTHS = (1, 2, 7, 8, 15, 16, 17, 33, 64, 65, 130)
@@ -159,10 +160,13 @@ class Fuzz:
         y = self.plan.bytes_register(width) if integer else self.made(self.plan.register(width))
         gain = self.maybe(torch.randn(width))
         kind = self.random.choice(["encode", "lif", "heaviside"])
+        cap = 127 if kind == "encode" else None
+        seen = Observation(path="p", spiking=True, in_features=width, out_features=0, cap=cap)
         if kind == "encode":
             scale = self.made(self.plan.register(1))
             f = (self.random.choice([0.5, 3.0, 300.0]), self.random.choice([0.0, 1.0]), 127.0)
             self.plan.record("encode", x, y, scale, width, f=f, flags=flags)
+            self.plan.observe(seen, y, (x, scale), flags=flags)
             return y, scale
         if kind == "lif":
             flags |= self.random.choice([0, SOFT_RESET]) | self.random.choice([0, DECAY_INPUT])
@@ -172,6 +176,7 @@ class Fuzz:
             )
         else:
             self.plan.record(kind, x, y, width, f=(0.1,), p=(gain,), flags=flags)
+        self.plan.observe(seen, y, flags=flags & INT8_SPIKES)
         return y, None
 
     def neuron_and_linear(self) -> None:

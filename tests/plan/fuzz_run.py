@@ -30,7 +30,7 @@ FINE, BAD_TOKEN, BAD_SLOT, SLOT_TWICE, FULL = range(5)
 class Machine:
     """A plan with its memory."""
 
-    def __init__(self, fuzz: Fuzz, *, apart: bool) -> None:
+    def __init__(self, fuzz: Fuzz, *, apart: bool = False, observing: bool = False) -> None:
         self.fuzz, self.slots = fuzz, fuzz.slots
         self.gaps: list[tuple[int, int]] = []
         tables: dict[Register, int] = {}
@@ -48,12 +48,12 @@ class Machine:
             tables.update({register: found[register] for register in shared if register in found})
             return found, width
 
-        own = builders._places
-        builders._places = places  # type: ignore[assignment]
+        own = builders.place_registers
+        builders.place_registers = places  # type: ignore[assignment]
         try:
             self.records, self.limits, self.width = fuzz.plan.finish()
         finally:
-            builders._places = own
+            builders.place_registers = own
         rows = self.slots * (2 if fuzz.plan.gathers else 1)
         self.workspace = torch.full((rows, self.width), torch.nan)
         for start, end in self.gaps:
@@ -76,7 +76,7 @@ class Machine:
             *(len(self.records), self.width, fuzz.state_bytes, self.slots, VOCABULARY),
             *(fuzz.plan.limits, OUTPUTS, self.records, self.limits),
             *(self.workspace.data_ptr(), self.pool.data_ptr(), self.statistics.data_ptr()),
-            *(self.scratch.data_ptr(), self.seen.data_ptr(), 0, self.rows.data_ptr()),
+            *(self.scratch.data_ptr(), self.seen.data_ptr(), 0, self.rows.data_ptr(), observing),
         )
 
     def view(self, slot: int, field: Field) -> Tensor:
@@ -106,7 +106,8 @@ def check(seed: int) -> set[int]:
     fuzz = Fuzz(seed)
     fuzz.build()
     chosen = fuzz.random
-    together, apart, alone = Machine(fuzz, apart=False), Machine(fuzz, apart=True), Machine(fuzz, apart=False)
+    together, apart, alone = Machine(fuzz, observing=True), Machine(fuzz, apart=True), Machine(fuzz)
+    rows = 0
     for _ in range(6):
         order = chosen.sample(range(fuzz.slots), chosen.randint(1, fuzz.slots))
         slots = [slot if chosen.random() < 0.8 else -1 for slot in order]
@@ -117,6 +118,7 @@ def check(seed: int) -> set[int]:
         assert problem == again
         if problem == FULL:
             break
+        rows += sum(slot >= 0 for slot in slots)
         assert torch.equal(logits.nan_to_num(7.0), same.nan_to_num(7.0)), "registers share a place too early"
         for row, slot in enumerate(slots):
             _, own = alone.step(tokens[row : row + 1], [slot], 1)
@@ -125,6 +127,11 @@ def check(seed: int) -> set[int]:
             )
             assert slot >= 0 or not own.any()
         assert torch.equal(together.pool, apart.pool) and torch.equal(together.pool, alone.pool)
+    for seen in fuzz.plan.observations:
+        tokens_seen, nonzero, at_cap, clipped = seen.numbers.tolist()
+        assert tokens_seen == rows, "a plan that does not observe has counted, or one that does has not"
+        assert max(at_cap, clipped) <= nonzero <= rows * seen.in_features
+        assert seen.fired.any() == (nonzero > 0)
     for tokens, slots, wanted in (
         ([VOCABULARY], [0], BAD_TOKEN),
         ([-1], [0], BAD_TOKEN),

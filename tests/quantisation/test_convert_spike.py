@@ -247,9 +247,13 @@ def test_bad_input(
     assert "Example" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_nothing(trained: SimpleNamespace, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(
+    trained: SimpleNamespace, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     out = tmp_path / "out"
-    words = ["convert", "spike", str(trained.twin), str(out), "--calibrate", str(trained.text)]
+    text = tmp_path_factory.mktemp("long") / "text.txt"  # long enough for any machine to be still at it
+    text.write_text(trained.text.read_text() * max(1, 4_000_000 // trained.text.stat().st_size))
+    words = ["convert", "spike", str(trained.twin), str(out), "--calibrate", str(text)]
     words += ["--samples", "100000", "--length", "16", "--batch-size", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "spikelm", *words], stderr=subprocess.PIPE, text=True, env=os.environ
