@@ -22,7 +22,8 @@ def energy(
         typer.Option(
             "--data",
             metavar="SOURCE",
-            help="Text: a file (also .xz, .gz, .zst), a folder, FILE.jsonl#FIELD, builtin:...",
+            help="Text: a file (also .xz, .gz, .zst), a folder, FILE.jsonl#FIELD, builtin:..., or a "
+            "standard set (wikitext-2, ...) as for spikelm eval.",
         ),
     ],
     batch: Annotated[
@@ -99,10 +100,11 @@ def _run(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Corpus
     import torch
 
     from spikelm.checkpoint import load_model
-    from spikelm.data.source import open_source
     from spikelm.energy.ledger import ledger
     from spikelm.errors import ConfigError
     from spikelm.evaluation.corpus import read_corpus
+    from spikelm.evaluation.job import labels
+    from spikelm.evaluation.standard import open_text
     from spikelm.registry import codings
 
     try:
@@ -116,9 +118,10 @@ def _run(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Corpus
     models: dict[str, Any] = {}
     corpora: dict[str, Corpus] = {}
     hashes = set()
-    for label, folder in labels([Path(path) for path in arguments["checkpoints"]]).items():
+    text = open_text(arguments["data"], max_bytes=arguments["max_bytes"])
+    for label, folder in labels(arguments["checkpoints"]).items():
         words = tokenizer_for(folder, arguments["tokenizer"])
-        corpus = read_corpus(open_source(arguments["data"]), words, max_bytes=arguments["max_bytes"])
+        corpus = read_corpus(text.source, words, max_bytes=text.limit)
         model = load_model(folder, device=str(device), dtype=torch.float32).eval()
         with progress(f"reading, {label}", corpus.predictions, "tokens") as bar:
             models[label] = ledger(model, corpus, question, device=device, advance=bar.advance)
@@ -155,27 +158,15 @@ def _question(arguments: Mapping[str, Any]) -> Question:
     )
 
 
-def labels(folders: list[Path]) -> dict[str, Path]:
-    """Name of every folder, made unique by a number -> the folder."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        name = folder.resolve().name
-        label, number = name, 1
-        while label in found:
-            number += 1
-            label = f"{name}-{number}"
-        found[label] = folder
-    return found
-
-
 def _record(
     arguments: Mapping[str, Any], results: Mapping[str, Any], corpora: Mapping[str, Corpus], hashes: set[str]
 ) -> dict[str, Any]:
     from spikelm.checkpoint import resolve_folder
+    from spikelm.evaluation.job import labels
     from spikelm.evaluation.record import stamp
 
     corpus = next(iter(corpora.values()))
-    folders = labels([Path(path) for path in arguments["checkpoints"]])
+    folders = labels(arguments["checkpoints"])
     return stamp(
         "energy",
         results,

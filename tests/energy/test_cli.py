@@ -10,8 +10,9 @@ import torch
 
 from spikelm.checkpoint import save_checkpoint
 from spikelm.cli import main
-from spikelm.cli.energy import labels, rerun
+from spikelm.cli.energy import rerun
 from spikelm.config import ModelConfig
+from spikelm.evaluation.job import labels
 from spikelm.evaluation.record import read
 from spikelm.model import SpikeLM
 from spikelm.tokenizer import Tokenizer
@@ -52,7 +53,9 @@ def test_tables_record_and_rerun(
     assert record["kind"] == "energy" and record["n"] == len(TEXT) - 1 and record["seed"] is None
     assert record["tokenizer_sha256"] == Tokenizer.bytes().sha256
     models = record["results"]["models"]
-    assert list(models) == ["model", "model-2"] == list(record["checkpoints"])
+    # As spikelm eval names them, so that a report can join both.
+    assert list(models) == list(labels([str(checkpoint), str(twin)])) == list(record["checkpoints"])
+    assert all(label.endswith("/model") for label in models)
     first, second = models.values()
     assert first["operations"]["total"]["accumulates"] > 0 == second["operations"]["total"]["accumulates"]
     assert second["operations"]["codings"] == {} and second["bit_budget"] == {}
@@ -142,6 +145,13 @@ def test_weights_that_are_not_finite(
     )
 
 
-def test_labels_are_unique(tmp_path: Path) -> None:
-    folders = [tmp_path / "a" / "m", tmp_path / "b" / "m", tmp_path / "m-2"]
-    assert list(labels(folders)) == ["m", "m-2", "m-2-2"]
+def test_a_standard_set_by_name(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
+    """The text is that of spikelm eval: by the hash of what was read."""
+    data = {}
+    for command, words in (("energy", ["--timed", "8", "--repeats", "2"]), ("eval", ["--mode", "carried"])):
+        out = tmp_path / f"{command}.json"
+        asked = [command, str(checkpoint), "--data", "wikitext-2#valid", "--max-bytes", "4000", *words]
+        assert main([*asked, "--json", str(out)]) == 0
+        data[command] = read(out)["data"]
+    assert data["energy"]["sha256"] == data["eval"]["sha256"]
+    assert data["energy"]["bytes"] == data["eval"]["bytes"] > 0
