@@ -50,13 +50,11 @@ def forward(
     )
 
 
-def write_pages(folder: Path, records: list[dict[str, Any]], further: Sequence[Path]) -> None:
-    """Write the report of these records and of those in further files."""
+def write_pages(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Write the report of these records."""
     from spikelm.errors import ConfigError
-    from spikelm.evaluation.record import read
     from spikelm.report import write_report
 
-    records = records + [read(path) for path in further]
     if not records:
         raise ConfigError("there is nothing to report; measure something, or name results with --include")
     found = {

@@ -137,6 +137,7 @@ def evaluate(
     """
     from spikelm.cli._evaluation_report import forward, write_pages
     from spikelm.errors import ConfigError
+    from spikelm.evaluation.record import read
 
     folders = list(checkpoints or [])
     chosen = [
@@ -154,8 +155,9 @@ def evaluate(
         return verify_file(verify, json_file)
     if include and report is None:
         raise ConfigError("--include adds results to a report; give --report DIR as well")
+    further = [read(path) for path in include or []]  # before hours are spent on what they go beside
     if report is not None and not folders and not chosen:
-        write_pages(report, [], include or [])
+        write_pages(report, further)
         return None
     if not folders:
         raise ConfigError("no checkpoint is given; expected spikelm eval CKPT --data SOURCE")
@@ -202,7 +204,7 @@ def evaluate(
             },
         )
     if report is not None:
-        write_pages(report, [record], include or [])
+        write_pages(report, [record, *further])
     return None
 
 

@@ -73,3 +73,7 @@ def test_a_report_of_new_and_earlier_results(
     assert "mqar" in (tmp_path / "second" / "report.md").read_text()
     assert main(["eval", "--report", str(tmp_path / "third")]) == 2
     assert "there is nothing to report" in capsys.readouterr().err
+    # A file that is not there is told of before anything is measured.
+    assert main(["eval", str(checkpoint), *words, "--include", str(tmp_path / "absent.json")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "absent.json" in captured.err
